@@ -1,0 +1,33 @@
+"The package's facts stand in settings.ini, which nbdev reads too; this hands them to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+cfg = ConfigParser()
+cfg.read(Path(__file__).parent / "settings.ini", encoding="utf8")
+c = cfg["DEFAULT"]
+
+setup(
+    name=c["lib_name"],
+    version=c["version"],
+    license="Apache-2.0",
+    description=c["description"],
+    long_description=Path("README.md").read_text(encoding="utf8") if Path("README.md").exists() else c["description"],
+    long_description_content_type="text/markdown",
+    author=c["author"],
+    author_email=c["author_email"],
+    url=c["git_url"],
+    keywords=c["keywords"].split(),
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
+                 "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    python_requires=f">={c['min_python']}",
+    packages=find_packages(include=["pcvae", "pcvae.*"]),
+    package_data={"pcvae": ["published/*.csv"]},
+    include_package_data=True,
+    install_requires=c["requirements"].split(),
+    extras_require={"dev": c["dev_requirements"].split(), "bench": ["prdc==0.2", "pythae==0.1.2"],
+                    "dask": ["dask", "distributed"], "slurm": ["submitit"]},
+    entry_points={"console_scripts": c["console_scripts"].split()},
+    zip_safe=False,
+)
