@@ -4,16 +4,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+here = Path(__file__).parent
 cfg = ConfigParser()
-cfg.read(Path(__file__).parent / "settings.ini", encoding="utf8")
+cfg.read(here / "settings.ini", encoding="utf8")
 c = cfg["DEFAULT"]
+readme = here / "README.md"
 
 setup(
     name=c["lib_name"],
     version=c["version"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     description=c["description"],
-    long_description=Path("README.md").read_text(encoding="utf8") if Path("README.md").exists() else c["description"],
+    long_description=readme.read_text(encoding="utf8") if readme.exists() else c["description"],
     long_description_content_type="text/markdown",
     author=c["author"],
     author_email=c["author_email"],
@@ -22,12 +25,11 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
                  "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     python_requires=f">={c['min_python']}",
-    packages=find_packages(include=["pcvae", "pcvae.*"]),
-    package_data={"pcvae": ["published/*.csv"]},
-    include_package_data=True,
+    packages=[*find_packages(include=["pcvae", "pcvae.*"]), "pcvae.published"],  # the last holds data files only
+    package_data={"pcvae.published": ["*.csv"]},
+    include_package_data=False,
     install_requires=c["requirements"].split(),
-    extras_require={"dev": c["dev_requirements"].split(), "bench": ["prdc==0.2", "pythae==0.1.2"],
-                    "dask": ["dask", "distributed"], "slurm": ["submitit"]},
+    extras_require={name: c[f"{name}_requirements"].split() for name in ("dev", "bench", "dask", "slurm")},
     entry_points={"console_scripts": c["console_scripts"].split()},
     zip_safe=False,
 )
