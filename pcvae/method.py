@@ -73,10 +73,11 @@ def make_method(name: str, **config) -> Method:
 
 def check_methods(methods) -> None:
     "Raise ValueError for a list of methods that makes no sense, saying why."
+    for m in methods:
+        if not isinstance(m, Method): raise TypeError(f"methods must be Method objects, got {m!r}; build one with make_method(name, ...)")
     steps = [type(m).__name__ for m in methods if m.train_step is not None]
     if len(steps) > 1: raise ValueError(f"{' and '.join(steps)} both replace the training step; keep one of them")
     for i, m in enumerate(methods):
-        if not isinstance(m, Method): raise TypeError(f"methods must be Method objects, got {m!r}; build one with make_method(name, ...)")
         if not m.repeatable and any(type(o) is type(m) for o in methods[:i]):
             raise ValueError(f"{type(m).__name__} stands twice in the list; the second would undo or repeat the first, keep one of them")
         m.check(methods)
