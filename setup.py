@@ -14,7 +14,6 @@ setup(
     name=c["lib_name"],
     version=c["version"],
     license="Apache-2.0",
-    license_files=["LICENSE"],
     description=c["description"],
     long_description=readme.read_text(encoding="utf8") if readme.exists() else c["description"],
     long_description_content_type="text/markdown",

@@ -12,7 +12,6 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.chdir(root)                              # nbdev finds settings.ini from here
 
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -62,6 +61,7 @@ def outcome(receive, exitcode):
 
 
 def main():
+    os.chdir(root)                          # nbdev finds settings.ini from here
     ap = argparse.ArgumentParser(description="Run the notebooks and count what passed")
     ap.add_argument("paths", nargs="*", type=Path, default=[get_config().nbs_path], help="notebooks or folders (default: nbs)")
     ap.add_argument("--workers", type=int, default=2, help="processes at once")

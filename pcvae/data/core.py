@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'Dataset', 'bernoulli_once', 'check_count', 'file_digest',
            'register', 'find_source', 'load', 'sources', 'fetch']
 
 # %% ../../nbs/01_data/00_core.ipynb #31c75e89
-import hashlib, inspect, os, tempfile, zipfile, zlib
+import gzip, hashlib, inspect, os, tempfile, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,10 +87,10 @@ def check_count(what: str, n, most: int | None = None, least: int = 1) -> int:
 
 # %% ../../nbs/01_data/00_core.ipynb #0277ed37
 def file_digest(path, kind: str = "sha256") -> str:
-    "Checksum of a file: sha256, md5, or git (what `git hash-object` prints)."
-    h = hashlib.new({"git": "sha1"}.get(kind, kind))
+    "Checksum of a file: sha256, md5, git (what `git hash-object` prints), or gunzip-md5 (md5 of the unpacked content)."
+    h = hashlib.new({"git": "sha1", "gunzip-md5": "md5"}.get(kind, kind))
     if kind == "git": h.update(b"blob %d\0" % os.path.getsize(path))
-    with open(path, "rb") as f:
+    with (gzip.open if kind.startswith("gunzip") else open)(path, "rb") as f:
         while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
 
@@ -99,10 +99,12 @@ class DataFileCorrupt(ValueError): "A data file is damaged, cut short, or anothe
 class DataFileMissing(FileNotFoundError): "A data file is in none of the places where it may be, and could not be fetched."
 
 def verify(path, checksum: str = ""):
-    "Raise `DataFileCorrupt` unless `path` has the `checksum`, written as `sha256:...`, `md5:...` or `git:...`; empty: no check."
+    "Raise `DataFileCorrupt` unless `path` has the `checksum`, written as `kind:digits` (kinds of `file_digest`); empty: no check."
     if not checksum: return
     kind, expected = checksum.split(":")
-    if (found := file_digest(path, kind)) != expected:
+    try: found = file_digest(path, kind)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e: found = f"an unreadable file ({e})"
+    if found != expected:
         raise DataFileCorrupt(f"{Path(path).name}: damaged or another version: expected {kind} {expected}, found {found}; "
                               f"delete {path} and load again")
 
@@ -137,7 +139,7 @@ def places(data_dir=None) -> dict:
 # %% ../../nbs/01_data/00_core.ipynb #21073868
 @dataclass(frozen=True)
 class DataFile:
-    "A file by name, with its checksum (`sha256:`, `md5:` or `git:`) and the public addresses of a copy."
+    "A file by name, with its checksum (`kind:digits`, see `verify`) and the public addresses of a copy."
     name: str
     checksum: str = ""
     urls: tuple = ()
