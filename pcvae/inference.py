@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from .gaussian import log_aggregate
+from .gaussian import DiagGaussian, log_aggregate
 from .method import Method, objective
 
 # %% ../nbs/09_inference.ipynb #9116589f
@@ -24,8 +24,8 @@ def _mutual_information(
     "Paired estimate of I(x; z) in nats, with the same noise at every call."
     generator, total = torch.Generator(device=x.device).manual_seed(0), 0.
     for pool in x.split(batch or len(x)):
-        q = torch.cat([torch.stack((q.mean, q.logvar)) for q in map(view.encode, pool.split(1000))], 1)
-        q = type(view.prior)(*q)
+        parts = [view.encode(part) for part in pool.split(1000)]
+        q = DiagGaussian(torch.cat([p.mean for p in parts]), torch.cat([p.logvar for p in parts]))
         z = q.sample(generator=generator)
         total += float((q.log_prob(z) - log_aggregate(z, q)).sum())
     return total / len(x)

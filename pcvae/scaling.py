@@ -15,11 +15,12 @@ from .checks import unknown
 from .gaussian import DiagGaussian
 from .method import Method
 
-# %% ../nbs/06_scaling.ipynb #7223eb34
+# %% ../nbs/06_scaling.ipynb #35702557
 def _need_two(who: str, mean: Tensor) -> None:
     "Raise ValueError for a batch without a spread."
     if len(mean) < 2: raise ValueError(f"{who} takes the spread of the means over the batch and got a batch of {len(mean)}; train with batches of at least 2")
 
+# %% ../nbs/06_scaling.ipynb #f9636197
 class BatchNormMean(Method):
     "BN-VAE (Zhu et al. 2020): means standardised per dimension, times a fixed `gamma`, plus a shift (equation 1)."
     min_batch, stackable, repeatable = 2, True, False

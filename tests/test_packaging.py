@@ -2,11 +2,13 @@
 import ast, json, os, re, shutil, subprocess, sys, warnings
 from configparser import ConfigParser
 from functools import cache
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat, pytest, yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import pcvae
@@ -42,6 +44,13 @@ def test_requirements_are_pinned_and_the_pins_meet_them(key):
 
 
 def test_pins_carry_no_local_label(): assert not [v for v in pins().values() if "+" in v]
+
+
+def test_pinned_packages_allow_the_oldest_python():
+    "One pin that asks for a later 3.11.x, and pip searches for hours where Python is 3.11.2."
+    oldest = f"{cfg['min_python']}.0"
+    late = {d.name: r for d in distributions() if (r := d.metadata["Requires-Python"]) and oldest not in SpecifierSet(r)}
+    assert not late
 
 
 def test_environment_takes_its_pins_from_constraints():

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'Dataset', 'bernoulli_once', 'check_count', 'file_digest',
            'register', 'find_source', 'load', 'sources', 'fetch']
 
 # %% ../../nbs/01_data/00_core.ipynb #31c75e89
-import gzip, hashlib, inspect, os, tempfile, zipfile, zlib
+import gzip, hashlib, inspect, os, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -125,11 +125,10 @@ def write_npz(path, **arrays):
 
 # %% ../../nbs/01_data/00_core.ipynb #5bbf9d83
 def user_cache() -> Path:
-    "The folder for downloads and conversions, e.g. ~/.cache/pcvae on Linux."
-    try:
-        import pooch
-        return Path(pooch.os_cache("pcvae"))
+    "The folder for downloads and conversions, the same as `pooch.os_cache('pcvae')`: ~/.cache/pcvae on Linux."
+    try: from platformdirs import user_cache_dir      # what pooch uses
     except ImportError: return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pcvae"
+    return Path(user_cache_dir("pcvae"))
 
 def places(data_dir=None) -> dict:
     "Where a data file is looked for, in order: name of the place -> folder."
@@ -156,8 +155,15 @@ def find_file(filename: str,       # name without a folder
 
 # %% ../../nbs/01_data/00_core.ipynb #0d3a6f1b
 def _download(url: str, path: Path):
-    import pooch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # pooch imports tqdm, which warns in a notebook without widgets
+        import pooch
     pooch.HTTPDownloader()(url, str(path), None)
+
+def _short(e: Exception, n: int = 160) -> str:
+    "An error in one line: without the advice to delete, which does not hold for a download, and not longer than `n` characters."
+    text = " ".join(str(e).split("; delete")[0].split())
+    return text if len(text) <= n else text[:n] + "..."
 
 def fetch_file(file: DataFile) -> Path:
     "Download `file` into the user cache, checked; `DataFileMissing` with the reason per address if none works."
@@ -172,16 +178,18 @@ def fetch_file(file: DataFile) -> Path:
                 os.replace(part, cache / file.name)
             return cache / file.name
         except (OSError, ImportError, DataFileCorrupt) as e:
-            failures.append(f"{url}: {type(e).__name__}: {str(e).split('; delete')[0][:200]}")
+            failures.append(f"{url}: {type(e).__name__}: {_short(e)}")
     raise DataFileMissing("; ".join(failures) or f"{file.name} has no public address")
 
 # %% ../../nbs/01_data/00_core.ipynb #848d2c74
 def _missing(what: str, alternatives, data_dir, reason: str):
-    need = " or ".join(" + ".join(f.name for f in files) for files in alternatives)
+    public = [files for files in alternatives if any(f.checksum or f.urls for f in files)]       # not the conversions in the cache
+    need = " or ".join(" + ".join(f.name for f in files) for files in public)
     looked = ", ".join(f"{k} ({v}{'' if v.is_dir() else ', no such folder'})" for k, v in places(data_dir).items())
-    urls = " ".join(f.urls[0] for files in alternatives for f in files if f.urls)
-    return DataFileMissing(f"data set {what!r} needs {need}; looked in {looked}; {reason}. "
-                           f"Put the files into a folder named by $PCVAE_DATA or data_dir" + (f"; public copies: {urls}" if urls else ""))
+    unset = "" if "$PCVAE_DATA" in places() else ", $PCVAE_DATA (not set)"
+    urls = " ".join(f.urls[0] for files in public for f in files if f.urls)
+    return DataFileMissing(f"data set {what!r} needs {need}; looked in {looked}{unset}; {reason}. Put the files into a folder named by "
+                           f"$PCVAE_DATA or data_dir" + (f"; public copies: {urls}" if urls else ""))
 
 def obtain(what: str, alternatives, data_dir=None, download: bool = True) -> list:
     "Paths of the files of the first alternative that is at hand or can be fetched; else one `DataFileMissing`."

@@ -168,7 +168,7 @@ _MNIST_URLS = "https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage
 _idx = lambda name, md5: DataFile(name, f"gunzip-md5:{md5}", tuple(u + name for u in _MNIST_URLS))
 MNIST_NPZ = DataFile("mnist28.npz", "sha256:e63232ad20c61464ef79f5b0fcc035196bd8d9e1452a7ceb08f7f11bd1d41f43")
 MNIST_IDX = (_idx("train-images-idx3-ubyte.gz", "6bbc9ace898e44ae57da46a324031adb"), _idx("train-labels-idx1-ubyte.gz", "a25bea736e30d166cdddb491f175f624"),
-             _idx("t10k-images-idx3-ubyte.gz", "2646ac647ad5339dbf082846283269ea"), _idx("t10k-labels-idx1-ubyte.gz", "27ae3e4e09519cfbb04c629615203637"))
+             _idx("t10k-images-idx3-ubyte.gz", "2646ac647ad5339dbf082846283269ea"), _idx("t10k-labels-idx1-ubyte.gz", "27ae3e4e09519cfbb04c329615203637"))
 
 # %% ../../nbs/01_data/02_images.ipynb #4f4454ff
 @register("mnist", ((MNIST_NPZ,), MNIST_IDX), "ossci-datasets.s3.amazonaws.com/mnist")

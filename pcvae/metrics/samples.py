@@ -52,7 +52,7 @@ def _count_inside(x: Tensor, y: Tensor, r2: Tensor, block: int) -> Tensor:
     left, right, norm = _product(x, y)
     tol = (x.shape[1] + 4) * torch.finfo(x.dtype).eps * (norm + 2 * (norm.sqrt() + r2.to(x.dtype).sqrt()) ** 2)
     low, high = norm - r2.to(x.dtype) - tol, norm - r2.to(x.dtype) + tol     # s below: outside; s above: inside
-    rows, out = max(1, block // len(y)), []
+    rows, counts = max(1, block // len(y)), torch.zeros_like(norm, dtype=torch.long)
     for i in range(0, len(x), rows):
         s = (left[i:i + rows] @ right).view(-1, right.shape[1] // PIECE, PIECE)
         row, piece = (s.amax(-1) > low[i:i + rows, None]).nonzero(as_tuple=True)
@@ -61,11 +61,11 @@ def _count_inside(x: Tensor, y: Tensor, r2: Tensor, block: int) -> Tensor:
         near = s[hit, col] <= high[i + row[hit]]
         row, col = i + row[hit], piece[hit] * PIECE + col
         outside = _exact(x[row[near]], y[col[near]]) >= r2[row[near]]
-        out.append((row - i).bincount(minlength=len(x[i:i + rows])) - (row[near][outside] - i).bincount(minlength=len(x[i:i + rows])))
-    return torch.cat(out)
+        counts += row.bincount(minlength=len(x)) - row[near][outside].bincount(minlength=len(x))
+    return counts
 
 # %% ../../nbs/10_metrics/03_samples.ipynb #59bb71a9
-TREE_DIMS = 8   # up to so many dimensions a k-d tree is faster than distances in blocks
+TREE_DIMS = 6   # up to so many dimensions a k-d tree is faster than distances in blocks
 
 def _tree_counts(x: Tensor, y: Tensor, k: int) -> tuple:
     "Counts and squared radii by k-d trees."

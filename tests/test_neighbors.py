@@ -1,0 +1,185 @@
+"NE-VAE: the two distances, the cap, the gradient, and the one-dimensional model case."
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import nn
+
+from pcvae.gaussian import LOG_2PI, DiagGaussian
+from pcvae.method import Batch, Ctx, infer, make_method, objective, randn_draw
+from pcvae.models import build_model
+from pcvae.neighbors import NeighborEmbedding, capped_nll, model_case, squared_distance
+
+
+@pytest.fixture(autouse=True)
+def one_thread(): torch.set_num_threads(1)
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def case(method, likelihood="bernoulli", dtype=torch.float64, n=32):
+    torch.manual_seed(0)
+    model = build_model("mlp", x_dim=6, latent_dim=3, hidden=(16,), likelihood=likelihood).to(dtype)
+    x = torch.rand(n, 6, generator=gen(), dtype=dtype).round()
+    method.setup(model, x)
+    return model, nn.ModuleList([method]).to(dtype), x
+
+
+def ctx(seed=0, like=None, **kw): return Ctx(draw=randn_draw(gen(seed), like), training=True, **kw)
+
+
+def batch(model, methods, x, **kw):
+    b = infer(Batch(x, model, methods, ctx(like=x, **kw)))
+    b.z = b.q.rsample(b.ctx.draw(b.q.shape)); b.px = model.decode(b.z, x)
+    return b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kw", [dict(loss="se"), dict(loss="se", reduce="sum"), dict(loss="lp"), dict(loss="lp", reduce="mean", lp_const=True, cap=.3),
+                                dict(loss="se", reencode="straight_through"), dict(loss="lp", detach_z=True)])
+def test_value_by_hand(kw, dtype):
+    m = NeighborEmbedding(weight=2., **kw)
+    model, methods, x = case(m, dtype=dtype)
+    _, parts = objective(model, methods, x, ctx(3, like=x))
+    draw = randn_draw(gen(3), x)
+    q = model.encode(x)
+    z = q.mean + q.std * draw(q.shape)
+    p = model.decode(z).mean
+    if m.reencode == "straight_through": p = model.decode(z).sample(draw)
+    q2 = model.encode(p)
+    if m.loss == "se": d = (z - (q2.mean + q2.std * draw(q.shape)))**2
+    else:
+        d = 0.5 * (z - q2.mean)**2 / q2.var + 0.5 * q2.logvar + (0.5 * math.log(2 * math.pi) if m.lp_const else 0.)
+        d = d.clamp(min=float(m.cap))
+    want = 2 * (d.mean() if m.reduce == "mean" else d.sum(-1).mean())
+    assert parts[f"ne_{m.loss}"].dtype == dtype
+    torch.testing.assert_close(parts[f"ne_{m.loss}"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_reductions_by_default():
+    assert NeighborEmbedding("se").reduce == "mean" and NeighborEmbedding("lp").reduce == "sum"
+    assert NeighborEmbedding("lp", reduce="mean").reduce == "mean"
+
+
+def test_cap_limits():
+    q, z = DiagGaussian(*torch.randn(2, 50, 4, generator=gen(), dtype=torch.float64)), torch.randn(50, 4, generator=gen(1), dtype=torch.float64)
+    nll = -q.log_prob_dims(z)
+    torch.testing.assert_close(capped_nll(z, q, -math.inf, const=True), nll)
+    torch.testing.assert_close(capped_nll(z, q, -math.inf), nll - 0.5 * LOG_2PI)
+    assert (capped_nll(z, q, 1e4) == 1e4).all()
+    # without the constant, c means c + 0.919 with it, up to the constant itself
+    torch.testing.assert_close(capped_nll(z, q, 0.2), capped_nll(z, q, 0.2 + 0.5 * LOG_2PI, const=True) - 0.5 * LOG_2PI)
+
+
+def test_no_gradient_below_the_cap():
+    mean, logvar, z = torch.randn(3, 50, 4, generator=gen(), dtype=torch.float64).requires_grad_()
+    z, mean, logvar = (t.detach().requires_grad_() for t in (z, mean, logvar))
+    out = capped_nll(z, DiagGaussian(mean, logvar), 0.5)
+    out.sum().backward()
+    below = out == 0.5
+    assert 0.1 < below.double().mean() < 0.9
+    for t in (z, mean, logvar): assert (t.grad[below] == 0).all() and (t.grad[~below] != 0).all()
+
+
+def test_gradient_path():
+    "Through z, the decoder, and the second encoder pass; with detach_z only the direct path is cut."
+    grads = {}
+    for detach in (False, True):
+        model, methods, x = case(NeighborEmbedding("lp", cap=-9., detach_z=detach))
+        b = batch(model, methods, x)
+        methods[0].penalty(b)["ne_lp"].backward()
+        grads[detach] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        assert all(g.abs().sum() > 0 for g in grads[detach].values())       # the decoder too
+    assert any(not torch.allclose(grads[False][n], grads[True][n]) for n in grads[False])
+
+
+def test_straight_through_is_binary_and_has_the_gradient_of_the_mean():
+    m = NeighborEmbedding("se", reencode="straight_through")
+    model, methods, x = case(m)
+    b = batch(model, methods, x)
+    x2 = m.reconstruct(b)
+    assert ((x2 - x2.round()).abs() < 1e-12).all() and 0 < x2.mean() < 1
+    (g,) = torch.autograd.grad(x2.sum(), b.px.logits, retain_graph=True)
+    torch.testing.assert_close(g, b.px.mean * (1 - b.px.mean))
+
+
+def test_weight_zero_changes_no_bit():
+    grads = []
+    for methods in ([], [NeighborEmbedding("lp", weight=0.)]):
+        torch.manual_seed(0)
+        model, x = build_model("mlp", x_dim=6, latent_dim=3), torch.randn(16, 6, generator=gen())
+        objective(model, methods, x, ctx(like=x))[0].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def share(cap, epoch=0):
+    m = NeighborEmbedding("lp", cap=cap)
+    model, methods, x = case(m, "normal")
+    for step in range(3):
+        objective(model, methods, x, ctx(step, like=x, record=True))
+        objective(model, methods, x, ctx(step, like=x, record=False))
+    assert m.batches == 3
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        m.on_epoch_end(SimpleNamespace(epoch=epoch))
+    assert m.batches == 0 and m.above == 0
+    return [str(w.message) for w in seen]
+
+
+def test_warns_once_when_the_cap_never_acts():
+    (text,) = share(50.)
+    assert "share of 0 " in text and "cap=50" in text and "plain VAE" in text
+    assert share(50., epoch=1) == [] and share(0.) == []
+
+
+def test_wrong_input():
+    for make, what in ((lambda: NeighborEmbedding("sq"), "loss of NeighborEmbedding"), (lambda: NeighborEmbedding(reduce="men"), "Did you mean 'mean'"),
+                       (lambda: NeighborEmbedding(reencode="tf_men"), "Did you mean 'tf_mean'"), (lambda: NeighborEmbedding(weight=-1.), "at least 0"),
+                       (lambda: make_method("NeighborEmbedding", kap=1.), "Did you mean 'cap'")):
+        with pytest.raises(ValueError, match=what): make()
+    model, methods, x = case(NeighborEmbedding(reencode="straight_through"), "normal")
+    with pytest.raises(TypeError, match="binary x'.*Normal"): objective(model, methods, x, ctx(like=x))
+
+    class Tokens:
+        @property
+        def mean(self): raise NotImplementedError
+    m = NeighborEmbedding()
+    with pytest.raises(TypeError, match="Tokens has none.*not for tokens"): m.reconstruct(SimpleNamespace(px=Tokens()))
+
+
+# ---- the model case: a dimension without information
+@pytest.mark.parametrize("const", [True, False])
+@pytest.mark.parametrize("cap, s2", [(3., .7), (.1, .3), (-1., .02), (0., 1.)])
+def test_model_case_cost(cap, s2, const):
+    "Closed form against quadrature."
+    offset = 0.5 * LOG_2PI if const else 0.
+    def integrand(e): return max(cap, offset + 0.5 * math.log(s2) + e * e / 2) * math.exp(-e * e / 2 - 0.5 * LOG_2PI)
+    want = 2 * quad(integrand, 0, 12, limit=400, points=[math.sqrt(max(0., 2 * (cap - offset - 0.5 * math.log(s2))))])[0]
+    got = model_case(torch.tensor([s2], dtype=torch.float64), cap, const)
+    assert abs(got.item() - want - 0.5 * (s2 - math.log(s2) - 1)) < 1e-7
+
+
+def test_model_case_minima():
+    "The numeric minima, KL surplus of 32 dimensions in nats."
+    s2 = torch.logspace(-7, 0.2, 20001, dtype=torch.float64)
+    def surplus(cost):
+        v = s2[cost.argmin()]
+        return float(16 * (v - v.log() - 1))
+    with_const = {5: 0.00, 3: 0.01, 1: 1.83, 0.1: 14.05, 0: 16.45, -0.1: 19.06, -1: 45.71, -3: 109.3}
+    without = {5: 0.00, 3: 0.00, 1: 0.17, 0.1: 1.77, 0: 2.28, -0.1: 2.92, -1: 18.53, -3: 80.0, -5: 143.9}
+    for table, const in ((with_const, True), (without, False)):
+        for c, want in table.items(): assert abs(surplus(model_case(s2, c, const)) - want) < 0.02 + 0.003 * want, (c, const)
+    # squared error with weight w per dimension: s2 = 1 / (1 + 4 w)
+    for w in (1., 1 / 32):
+        cost = 2 * w * s2 + 0.5 * (s2 - s2.log() - 1)
+        assert abs(s2[cost.argmin()] * (1 + 4 * w) - 1) < 1e-3
+
+
+def test_squared_distance_of_a_collapsed_dimension():
+    z, z2 = torch.randn(2, 200_000, generator=gen(), dtype=torch.float64) * math.sqrt(0.889)
+    assert abs(squared_distance(z, z2).mean() - 2 * 0.889) < 0.02
