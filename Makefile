@@ -20,10 +20,10 @@ test: $(VENV)/.ok ## check that notebooks and modules agree, then run every note
 	$(SERIAL) $(BIN)/python -m pytest -q
 
 reproduce: $(VENV)/.runtime ## rerun the papers at SCALE (smoke, quick, small or full; default quick)
-	MPLBACKEND=agg $(BIN)/pcvae reproduce all --scale $(SCALE)
+	$(BIN)/pcvae reproduce all --scale $(SCALE)
 
 bench: $(VENV)/.bench ## measure the fast paths against plain code and published packages
-	MPLBACKEND=agg $(BIN)/pcvae bench
+	$(BIN)/pcvae bench
 
 lab: $(VENV)/.runtime ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -21,40 +21,75 @@ from .method import Batch, Method
 from .models.mlp import layers
 from .models.vae import VAE
 
-# %% ../nbs/05_critics.ipynb #70e1c603
+# %% ../nbs/05_critics.ipynb #61c816a2
 DIRECTIONS = ("z2x", "x2z", "both")
 
 def _check_batch(n: int):
     if n < 2: raise ValueError(f"a critic tells the items of a batch apart and needs at least 2 of them, got {n}; "
                                "use larger batches or drop the last short one")
 
+def _one_by_one(function, info, dims, args):
+    "vmap of an autograd function: run after run, so that each matrix stays in the cache."
+    args = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args, dims)]
+    out = [function.apply(*run) for run in zip(*args)]
+    return tuple(torch.stack(o) for o in zip(*out)), (0,) * len(out[0])
+
+class _BothWays(Function):
+    "Mean of both cross-entropies of (3), and its gradient with it."
+    @staticmethod
+    def forward(a):
+        n = len(a)
+        if a.device.type == "cpu" and a.amax() - a.amin() < 80:         # one exp serves rows and columns
+            top = a.amax()
+            e = (a - top).exp_()
+            rows, columns = e.sum(1), e.sum(0)
+            loss = top + (rows.log() + columns.log()).mean() / 2 - a.diagonal().mean()
+            g = e.mul_((0.5 / n / rows)[:, None] + 0.5 / n / columns)
+        else:
+            loss = (logsumexp_safe(a, 1) + logsumexp_safe(a, 0)).mean() / 2 - a.diagonal().mean()
+            g = (a.softmax(1) + a.softmax(0)) * (0.5 / n)
+        g.diagonal().sub_(1 / n)
+        return loss, g
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _): return grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info, dims, *args): return _one_by_one(_BothWays, info, dims, args)
+
 def contrastive_loss(
     logits: Tensor,         # scores [B, B]: row i is code z_i, column j is observation x_j
     direction: str = "both" # 'z2x': which x belongs to z_i; 'x2z': which z belongs to x_j; 'both': their mean
 ) -> Tensor:
-    "Mean cross-entropy, in nats, of picking the right partner (equations 2 and 3)."
+    "Mean cross-entropy, in nats, of picking the right partner (equation 3)."
     if direction not in DIRECTIONS: raise unknown("direction", direction, DIRECTIONS)
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits must be a square matrix, a row per code and a column per observation, got shape {tuple(logits.shape)}")
     _check_batch(len(logits))
-    dims = {"z2x": (1,), "x2z": (0,), "both": (0, 1)}[direction]
-    return sum(logsumexp_safe(logits, dim).mean() for dim in dims) / len(dims) - logits.diagonal().mean()
+    if direction == "both": return _BothWays.apply(logits)[0]
+    return logsumexp_safe(logits, 1 if direction == "z2x" else 0).mean() - logits.diagonal().mean()
 
-# %% ../nbs/05_critics.ipynb #aa84db04
+# %% ../nbs/05_critics.ipynb #1ee15a57
 class _SelfCritic(Function):
-    "Cross-entropy of the matrix `row + left @ right`, whose gradients come with it: nothing of size [B, B] outlives the call."
+    "Cross-entropy of the matrix `row + left @ right` with `own` in its diagonal, and its gradients: nothing of size [B, B] outlives the call."
     @staticmethod
-    def forward(left, right, row):
+    def forward(left, right, row, own):
         a = torch.addmm(row, left, right)
+        a.diagonal().fill_(-math.inf)
         top = a.amax(1, keepdim=True)
-        own = a.diagonal() - top.squeeze(1)
-        a.sub_(top).clamp_(min=-80).exp_()              # exp is slow far below 0
+        a.sub_(top).clamp_(min=-80).exp_()
         a.diagonal().zero_()
-        others = a.sum(1)
-        total = others + own.clamp(min=-80).exp()
-        a.div_(total.unsqueeze(1)).diagonal().copy_(-others / total)    # softmax minus identity, without cancellation
-        n = len(a)
-        return (total.log() - own).mean(), a @ right.T / n, left.T @ a / n, a.sum(0) / n
+        total = a.sum(1)
+        behind = total.log() + top.squeeze(1) - own     # by how much all others together exceed the right one
+        p = behind.sigmoid() / len(a)                   # probability of the others
+        a.mul_((p / total).unsqueeze(1))
+        return nn.functional.softplus(behind).mean(), a @ right.T, left.T @ a, a.sum(0), -p
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -66,20 +101,18 @@ class _SelfCritic(Function):
     def backward(ctx, grad, *_): return tuple(grad * t for t in ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info, dims, *args):    # one after another, so that each matrix stays in the cache
-        args = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args, dims)]
-        out = [_SelfCritic.apply(*run) for run in zip(*args)]
-        return tuple(torch.stack(o) for o in zip(*out)), (0,) * 4
+    def vmap(info, dims, *args): return _one_by_one(_SelfCritic, info, dims, args)
 
+# %% ../nbs/05_critics.ipynb #e7730cbd
 def self_critic_loss(
     z: Tensor,          # codes [B, D], one of each posterior
     q: DiagGaussian     # posteriors [B, D]
 ) -> Tensor:
-    "-mean_i log q(z_i|x_i) / sum_j q(z_i|x_j), in nats (equation 5)."
+    "-mean_i log q(z_i|x_i) / sum_j q(z_i|x_j), in nats (equation 4). Differentiable once."
     if z.ndim != 2 or z.shape != q.shape:
         raise ValueError(f"z and the posteriors must both have shape [B, D], got {tuple(z.shape)} and {tuple(q.shape)}")
     _check_batch(len(z))
-    return _SelfCritic.apply(*_pair_terms(z, q))[0]
+    return _SelfCritic.apply(*_pair_terms(z, q), q.log_prob(z))[0]
 
 # %% ../nbs/05_critics.ipynb #9f3a6327
 def _check_weight(critic: Method, weight: float):
@@ -101,12 +134,12 @@ class SelfCritic(Method):
 
     def penalty(self, b: Batch) -> dict: return {"self_critic": self.weight * self_critic_loss(b.z, b.q)}
 
-# %% ../nbs/05_critics.ipynb #0ab8a2a2
+# %% ../nbs/05_critics.ipynb #631d17f8
 def cosine_ce_min(
     scale: float,   # T, the factor on the cosines
     batch: int      # B
 ) -> float:
-    "The smallest cross-entropy that T * cosine can reach on B items, in nats (equation 6)."
+    "The smallest cross-entropy that T * cosine can reach on B items, in nats (equation 7); needs B - 1 dimensions."
     if batch < 2: raise ValueError(f"batch={batch!r} should be at least 2")
     return math.log1p((batch - 1) * math.exp(-scale * batch / (batch - 1)))
 
@@ -126,27 +159,26 @@ def _check_sizes(critic: Method, **sizes):
 
 # %% ../nbs/05_critics.ipynb #e23df749
 class NeuralCritic(Method):
-    "Scores a pair by T cos(g_z(z), g_x(x)) with two networks of its own (equation 4)."
-    stackable, min_batch, check = True, 2, _refuse_constant_mean
+    "Scores a pair by T cos(g_z(z), g_x(x)) with two networks of its own (equation 6)."
+    stackable, min_batch, check, part = True, 2, _refuse_constant_mean, "neural_critic"
     def __init__(self,
         weight: float = 20.,        # lambda, the factor on the cross-entropy
         dim: int = 128,             # dimensions in which the two are compared
-        hidden_x: int = 256,        # width of the last perceptron on x
-        hidden_z: int = 64,         # width of the perceptron on z
+        hidden_x: int = 256,        # hidden width of the perceptron on x
+        hidden_z: int = 64,         # hidden width of the perceptron on z
         temperature: str = "raw",   # 'raw': T = t as published; 'exp': T = exp(t), at most 100, no weight decay
         direction: str = "both",    # see `contrastive_loss`
-        x_net: str = "encoder"      # 'encoder': own copy of the encoder's trunk, then a perceptron; 'mlp': the perceptron alone
+        x_net: str = "encoder"      # 'encoder': own copy of the encoder's trunk, then the perceptron; 'mlp': the perceptron alone
     ):
         super().__init__()
         _check_weight(self, weight)
         _check_sizes(self, dim=dim, hidden_x=hidden_x, hidden_z=hidden_z)
-        if temperature not in ("raw", "exp"): raise unknown("temperature", temperature, ("raw", "exp"))
-        if direction not in DIRECTIONS: raise unknown("direction", direction, DIRECTIONS)
-        if x_net not in ("encoder", "mlp"): raise unknown("x_net", x_net, ("encoder", "mlp"))
+        for kind, name, known in (("temperature", temperature, ("raw", "exp")), ("direction", direction, DIRECTIONS), ("x_net", x_net, ("encoder", "mlp"))):
+            if name not in known: raise unknown(f"{type(self).__name__} {kind}", name, known)
         self.sizes, self.temperature, self.direction, self.net = (dim, hidden_x, hidden_z), temperature, direction, x_net
         self.scalar("weight", weight)
         self.t = nn.Parameter(torch.tensor(T_START))
-        self.no_decay = ("t",) if temperature == "exp" else ()  # parameters that the optimiser should not decay
+        self.no_decay = ("t",) if temperature == "exp" else ()      # names of parameters that weight decay must leave alone
 
     def own_layers(self, model: VAE) -> nn.Module: return fresh_copy(model.encoder.trunk)
     def read(self, b: Batch) -> Tensor: return b.x
@@ -167,19 +199,26 @@ class NeuralCritic(Method):
         z, x = (nn.functional.normalize(g, dim=-1) for g in (self.z_net(b.z), self.x_net(self.read(b))))
         return self.scale * z @ x.T
 
-    def penalty(self, b: Batch) -> dict: return {"neural_critic": self.weight * contrastive_loss(self.logits(b), self.direction)}
+    def penalty(self, b: Batch) -> dict:
+        if self.temperature == "exp" and b.ctx.training:    # put t back on the border, from where the gradient can lower it
+            with torch.no_grad(): self.t.copy_(self.t.clamp(max=T_EXP_MAX))
+        return {self.part: self.weight * contrastive_loss(self.logits(b), self.direction)}
 
-# %% ../nbs/05_critics.ipynb #9c47f5a5
-def split_after(trunk: nn.Sequential, n: int) -> int:
-    "How many modules of `trunk` make up its first `n` layers with weights, each with the activations and norms that follow it."
+# %% ../nbs/05_critics.ipynb #6bd8b638
+def split_after(
+    trunk: nn.Sequential,   # an encoder's layers
+    n: int                  # how many layers with weights go into the first part
+) -> int:                   # number of modules of that part
+    "Where to cut a trunk; activations and norms stay with the layer before them."
     starts = [i for i, m in enumerate(trunk) if any(p.ndim > 1 for p in m.parameters())]
     if len(starts) <= n:
-        raise ValueError(f"the encoder is too shallow: to share {n} layers and keep one of its own the critic needs a trunk with {n + 1} "
-                         f"layers that have weights, but it has {len(starts)}; share fewer, or use NeuralCritic")
+        raise ValueError(f"the encoder is too shallow: with shared={n} and a layer of the critic's own its trunk needs {n + 1} layers "
+                         f"with weights, but it has {len(starts)}; share fewer layers or use NeuralCritic")
     return starts[n]
 
 class HybridCritic(NeuralCritic):
     "A neural critic whose network on x begins with the first layers of the VAE's own encoder."
+    part = "hybrid_critic"
     def __init__(self,
         weight: float = 20.,        # lambda
         shared: int = 4,            # layers with weights that are shared with the encoder
@@ -194,5 +233,4 @@ class HybridCritic(NeuralCritic):
         self.cut = split_after(model.encoder.trunk, self.shared)
         return fresh_copy(model.encoder.trunk[self.cut:])
 
-    def read(self, b: Batch) -> Tensor: return b.model.encoder.trunk[:self.cut](b.x)    # by reference: the encoder's own modules
-    def penalty(self, b: Batch) -> dict: return {"hybrid_critic": self.weight * contrastive_loss(self.logits(b), self.direction)}
+    def read(self, b: Batch) -> Tensor: return b.model.encoder.trunk[:self.cut](b.x)    # the encoder's own modules

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'FORMAT', 'STUDIES', 'Run', 'RowError', 'row_path', 'write_row', 'read_row', 'project_root', 'process_pool',
-           'default_device', 'environment', 'pack_pictures', 'unpack_pictures', 'constant_references', 'prepare',
-           'execute', 'Study', 'run_study', 'study', 'get_study']
+           'default_device', 'environment', 'pack_pictures', 'unpack_pictures', 'constant_references', 'keep_memory',
+           'prepare', 'execute', 'Study', 'run_study', 'study', 'get_study']
 
 # %% ../nbs/12_studies.ipynb #4e5b5a64
 import base64
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pcvae
 from . import critics, inference, neighbors, scaling, schedules  # noqa: F401 (each registers its methods)
@@ -166,8 +166,16 @@ def _commit() -> str:
     except OSError: return ""
     return head + ("+" if head and git("status", "--porcelain", "--", ".").stdout.strip() else "")
 
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    "The processor's name as Linux gives it, else what Python knows."
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
 def environment(device: str) -> dict:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (platform.processor() or platform.machine())
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return {"pcvae": pcvae.__version__, "commit": _commit(), "torch": torch.__version__, "python": platform.python_version(), "device": device,
             "device_name": name, "threads": torch.get_num_threads(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -201,6 +209,15 @@ def constant_references(data) -> dict:
         out["ref_mean_bce"] = -(x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
     return {k: float(v.double().mean()) for k, v in out.items()}
 
+# %% ../nbs/12_studies.ipynb #210e7414
+def keep_memory() -> bool:
+    "Tell glibc to keep freed memory in the process, where there is a glibc; True if it listened."
+    import ctypes
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return False
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1), mallopt(M_TOP_PAD, 2 ** 26)])
+
 # %% ../nbs/12_studies.ipynb #e764c8ac
 def prepare(run: Run, device: str = "cpu") -> Trainer:
     "The trainer of a run, ready to `fit`: data loaded, network initialised from the run's seed."
@@ -216,7 +233,7 @@ def execute(run: Run, paper: str, results="results", work="runs/state", device: 
     path = row_path(run, results, paper)
     if path.exists(): return read_row(path, run)
     threads, denormal = torch.get_num_threads(), device == "cpu"
-    if device == "cpu": torch.set_num_threads(1)
+    if device == "cpu": torch.set_num_threads(1); keep_memory()
     torch.set_flush_denormal(denormal)      # saturated sigmoids give denormal gradients, a hundred times slower on a CPU
     try:
         state = Path(work) / f"{run.train_id}.pt"

@@ -443,7 +443,7 @@ def test_omniglot_known_values():
     assert abs(p.sum((1, 2, 3)).mean() - 64.28) < 0.01 and abs(expected(0.) - 64.28) < 0.01
     assert abs(expected(grey.train.mean(0)) - 51.98) < 0.01
     assert abs(drawn.test.sum((1, 2, 3)).mean() - 64.28) < 0.15              # one draw of the test split
-    t = grey.train.flatten(1).double()
+    t = grey.train.flatten(1)
     cov = t.T.cov(correction=0) + torch.diag((t * (1 - t)).mean(0))
     assert int((torch.linalg.eigvalsh(cov) > 0.5).sum()) == 19
     assert int(drawn.labels["test"].max()) == 49 and drawn.labels["test"].bincount(minlength=50).min() > 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pcvae.data import load
-from pcvae.inference import Aggressive, _mutual_information
+from pcvae.inference import Aggressive, _mutual_information, inner_loop
 from pcvae.gaussian import DiagGaussian
 from pcvae.method import Ctx, check_methods
 from pcvae.metrics.information import mutual_information
@@ -89,7 +89,7 @@ def test_inner_steps(monkeypatch, losses, steps):
     seen = []
     def objective(model, methods, x, ctx): seen.append(x); return torch.tensor(next(it)), {}
     monkeypatch.setattr("pcvae.inference.objective", objective)
-    assert Aggressive()._inner(stub, "outer") == steps == len(taken)
+    assert inner_loop(stub, "outer", 99, 10) == steps == len(taken)
     assert seen == ["outer"] + ["random"] * (steps - 1)
 
 

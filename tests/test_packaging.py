@@ -177,7 +177,7 @@ def test_unknown_name_is_refused():
 traces = {
     "a machine's path": r"(?<![\w.-])/(?:work|farm|root|tmp|home|opt|mnt|Users)/",
     "a package index": r"(?:index-ur[l]|trusted-hos[t]|find-link[s]\b|file:[/]{3})",
-    "how it was made": r"(?i)\b(?:hel[p]ers?|sessio[n]s?|(?<!user-)agen[t]s?|fact[s] sheets?|issu[e] [1-9]\b|tria[l] of)\b",
+    "how it was made": r"(?i)\b(?:hel[p]ers?|sessio[n]s?|(?<!user-)agen[t]s?|fact[s] sheets?|issu[e] 2)\b",
 }
 
 

@@ -51,13 +51,13 @@ class LinearGaussian:
 # %% ../../nbs/10_metrics/00_likelihood.ipynb #f3b993db
 @contextmanager
 def evaluating(model):
-    "No gradient, and evaluation mode where the model has modes; both are put back."
-    was = getattr(model, "training", False)
+    "No gradient, and evaluation mode where the model has modes; every module's own mode is put back."
+    was = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     if was: model.eval()
     try:
         with torch.no_grad(): yield
     finally:
-        if was: model.train()
+        for m, mode in was: m.training = mode
 
 def noise(shape, like: Tensor, generator=None) -> Tensor:
     "Standard normal numbers in the dtype and on the device of `like`, drawn on the generator's own device."
