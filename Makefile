@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 PINS   := constraints.txt settings.ini setup.py
 SERIAL := OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help install test reproduce bench lab export clean-notebooks lint
+.PHONY: help install test reproduce bench lab export clean-notebooks readme lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ export: $(VENV)/.ok ## write the package from the notebooks
 
 clean-notebooks: $(VENV)/.ok ## strip execution counts and stray metadata from the notebooks
 	$(BIN)/nbdev_clean
+
+readme: $(VENV)/.ok ## put the committed tables into README.md
+	$(BIN)/python tests/fill_readme.py
 
 lint: $(VENV)/.ok ## look for syntax errors and undefined names
 	$(BIN)/ruff check nbs tests

@@ -1,0 +1,29 @@
+"README keeps its promises: the example runs, the tables are those of the committed figures."
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf8")
+
+def test_the_example_is_short_and_runs(tmp_path, monkeypatch):
+    code = re.search(r"<!-- example -->\n```python\n(.*?)```", TEXT, re.S)[1]
+    assert len(code.splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): exec(compile(code, "README example", "exec"), {"__name__": "readme"})
+    lines = [l for l in out.getvalue().splitlines() if re.match(r"\d ", l)]
+    assert len(lines) == 3 and not any("NaN" in l for l in lines)
+    assert len(list(tmp_path.rglob("results/**/*.json"))) == 3
+
+BLOCKS = re.findall(r"<!-- table ([\w/]+) -->\n(.*?)<!-- end -->", TEXT, re.S)
+
+@pytest.mark.parametrize("name, block", BLOCKS, ids=[n for n, _ in BLOCKS])
+def test_tables_are_those_of_the_rows(name, block):
+    assert block.strip() == (ROOT / "figures" / f"{name}.md").read_text(encoding="utf8").strip(), "run `make readme`"
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT): assert (ROOT / path).exists(), path
