@@ -13,7 +13,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .checks import unknown
 from .gaussian import DiagGaussian, _pair_terms, logsumexp_safe
@@ -54,15 +53,18 @@ class _BothWays(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _): return grad * ctx.saved_tensors[0]
+    def backward(ctx, grad, _):
+        a, g = ctx.saved_tensors
+        if not torch.is_grad_enabled(): return grad * g
+        return grad * ((a.softmax(1) + a.softmax(0)) / 2 - torch.eye(len(a)).to(a)) / len(a)   # by steps that can be differentiated again
 
     @staticmethod
     def vmap(info, dims, *args): return _one_by_one(_BothWays, info, dims, args)
 
+# %% ../nbs/05_critics.ipynb #e3aa80e9
 def contrastive_loss(
     logits: Tensor,         # scores [B, B]: row i is code z_i, column j is observation x_j
     direction: str = "both" # 'z2x': which x belongs to z_i; 'x2z': which z belongs to x_j; 'both': their mean
@@ -94,11 +96,16 @@ class _SelfCritic(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_): return tuple(grad * t for t in ctx.saved_tensors)
+    def backward(ctx, grad, *_):
+        left, right, row, own, *grads = ctx.saved_tensors
+        if not torch.is_grad_enabled(): return tuple(grad * t for t in grads)
+        right_one = torch.eye(len(row), dtype=torch.bool, device=row.device)    # the same by steps that can be differentiated again
+        a = torch.where(right_one, own[:, None], torch.addmm(row, left, right))
+        p = a.softmax(1).masked_fill(right_one, 0.) / len(a)
+        return grad * (p @ right.T), grad * (left.T @ p), grad * p.sum(0), -grad * p.sum(1)
 
     @staticmethod
     def vmap(info, dims, *args): return _one_by_one(_SelfCritic, info, dims, args)
@@ -108,7 +115,7 @@ def self_critic_loss(
     z: Tensor,          # codes [B, D], one of each posterior
     q: DiagGaussian     # posteriors [B, D]
 ) -> Tensor:
-    "-mean_i log q(z_i|x_i) / sum_j q(z_i|x_j), in nats (equation 4). Differentiable once."
+    "-mean_i log q(z_i|x_i) / sum_j q(z_i|x_j), in nats (equation 4)."
     if z.ndim != 2 or z.shape != q.shape:
         raise ValueError(f"z and the posteriors must both have shape [B, D], got {tuple(z.shape)} and {tuple(q.shape)}")
     _check_batch(len(z))

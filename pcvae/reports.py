@@ -11,6 +11,7 @@ __all__ = ['SATURATED', 'LINES', 'AXES', 'KINDS', 'published_names', 'published'
 import html
 import math
 import os
+import textwrap
 import uuid
 from importlib.resources import files
 from pathlib import Path
@@ -163,23 +164,26 @@ def show(
     caption: str = ""
 ) -> HTML:
     "A table for Jupyter: caption above, footnotes below, one rule between models."
-    body = df.to_html(border=0, na_rep="–", float_format=lambda v: f"{v:.2f}")
+    body = df.to_html(border=0, na_rep="–", float_format=lambda v: f"{v:.2f}", index=not isinstance(df.index, pd.RangeIndex))
     cap = f'<caption style="text-align:left; caption-side:top; font-weight:bold">{html.escape(caption)}</caption>' if caption else ""
     body = body.replace('class="dataframe">', f'class="dataframe" style="font-variant-numeric:tabular-nums">{cap}', 1)
     notes = "".join(f'<p style="font-size:85%; margin:2px 0">{html.escape(n)}</p>' for n in df.attrs.get("notes", []))
     return HTML(body.replace("<td>", '<td style="text-align:right; white-space:nowrap">').replace("<tr>\n      <th rowspan", '<tr style="border-top:1px solid #999">\n      <th rowspan') + notes)
 
+def _md(v) -> str:
+    "One value as the text of a Markdown cell."
+    if v is pd.NA or (isinstance(v, float) and math.isnan(v)): return "–"
+    return f"{v:.2f}" if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
+
 def to_markdown(df: pd.DataFrame) -> str:
-    "A table as Markdown, index first, a repeated first index written once; footnotes below."
-    text = lambda v: "–" if isinstance(v, float) and math.isnan(v) else (f"{v:.2f}" if isinstance(v, float) else str(v)).replace("|", "\\|").replace("\n", " ")
-    join = lambda names: [", ".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in names]
-    lines, last = [[*(str(n or "") for n in df.index.names), *join(df.columns)], ["---"] * df.index.nlevels + ["---:"] * df.shape[1]], None
-    for index, row in zip(df.index, df.to_numpy(object)):
-        index = list(index) if isinstance(index, tuple) else [index]
-        lines.append(map(text, ([""] + index[1:] if df.index.nlevels > 1 and index[0] == last else index) + list(row)))
-        last = index[0]
-    table = "\n".join("| " + " | ".join(l) + " |" for l in lines)
-    return table + "".join(f"\n\n{n}" for n in df.attrs.get("notes", [])) + "\n"
+    "A table as Markdown, index first unless it only counts, a repeated first index written once; footnotes below."
+    frame = df.reset_index(drop=isinstance(df.index, pd.RangeIndex))
+    rows = [[_md(v) for v in row] for row in frame.to_numpy(object)]
+    left = [i < frame.shape[1] - df.shape[1] or max((len(r[i]) for r in rows), default=0) > 24 for i in range(frame.shape[1])]
+    head = ["" if n == "index" else ", ".join(filter(None, map(str, n))) if isinstance(n, tuple) else str(n) for n in frame.columns]
+    if df.index.nlevels > 1: rows = [([""] + r[1:] if i and r[0] == rows[i - 1][0] else r) for i, r in enumerate(rows)]
+    lines = [head, ["---" if l else "---:" for l in left], *rows]
+    return "\n".join("| " + " | ".join(l) + " |" for l in lines) + "".join(f"\n\n{n}" for n in df.attrs.get("notes", [])) + "\n"
 
 # %% ../nbs/13_reports.ipynb #c22948a0
 def deviations(
@@ -382,6 +386,6 @@ def plot_pictures(
         for r in frame[(frame["label"] == label) & (frame["kind"] == kind)].itertuples(): line[r.item].imshow(_picture(r), cmap="gray_r", vmin=0, vmax=1)
         name = KINDS[kind] if kind == "data" or not label else f"{label}: {KINDS[kind]}"
         line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
-    if title: fig.suptitle(title, fontsize=9)
+    if title: fig.suptitle(textwrap.fill(title, int(14 * fig.get_figwidth())), fontsize=9)
     plt.close(fig)
     return fig

@@ -84,6 +84,13 @@ def _check_spread(stds: Tensor, epoch: int) -> None:
                               "and no factor gives them a spread. Usually the encoder has been driven into saturation: use a smaller learning rate, "
                               "Adam, or grad_through_f=True")
 
+def _check_settings(des_std, f_epochs, average, ddof, min_batch_record) -> None:
+    if not des_std > 0: raise ValueError(f"ScaleUp: des_std must be positive, got {des_std!r}")
+    if f_epochs < 1: raise ValueError(f"ScaleUp: the first epoch has no average yet, so f_epochs must be at least 1, got {f_epochs!r}")
+    if average not in AVERAGES: raise unknown("average of ScaleUp", average, AVERAGES)
+    if ddof not in (0, 1): raise ValueError(f"ScaleUp: ddof must be 0 or 1, got {ddof!r}")
+    if min_batch_record < 2: raise ValueError(f"ScaleUp: a spread needs two items, so min_batch_record must be at least 2, got {min_batch_record!r}")
+
 # %% ../nbs/06_scaling.ipynb #2da7ff1d
 class ScaleUp(Method):
     "Scale-VAE (Song et al. 2024): the decoder is fed `f * mean`, the KL is charged on `mean` (equations 3 and 4)."
@@ -98,11 +105,7 @@ class ScaleUp(Method):
                  ddof: int = 1,                     # divisor B - ddof in the std over the batch
                  min_batch_record: int = 2):        # smaller batches neither count in the average nor use a factor of their own
         super().__init__()
-        if not des_std > 0: raise ValueError(f"ScaleUp: des_std must be positive, got {des_std!r}")
-        if f_epochs < 1: raise ValueError(f"ScaleUp: the first epoch has no average yet, so f_epochs must be at least 1, got {f_epochs!r}")
-        if average not in AVERAGES: raise unknown("average of ScaleUp", average, AVERAGES)
-        if ddof not in (0, 1): raise ValueError(f"ScaleUp: ddof must be 0 or 1, got {ddof!r}")
-        if min_batch_record < 2: raise ValueError(f"ScaleUp: a spread needs two items, so min_batch_record must be at least 2, got {min_batch_record!r}")
+        _check_settings(des_std, f_epochs, average, ddof, min_batch_record)
         self.scalar("des_std", des_std)
         self.f_epochs, self.average, self.grad_through_f, self.ddof, self.min_batch_record = f_epochs, average, grad_through_f, ddof, min_batch_record
 
@@ -125,7 +128,7 @@ class ScaleUp(Method):
         _need_two("ScaleUp", mean)
         if len(mean) < self.min_batch_record: return self.f
         std = mean.std(0, correction=self.ddof)
-        if ctx.record: self.stds[ctx.step % self.window].copy_(std.detach())
+        if ctx.record: self.stds[ctx.step % self.window].copy_(std.detach())      # in place, so that stacked runs can do it too
         if not self.grad_through_f: std = std.detach()
         return self.des_std / std.clamp(min=LEAST_STD) if ctx.epoch < self.f_epochs else self.f
 

@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from pcvae import cli, schedules  # noqa: F401
 from pcvae.method import Method
-from pcvae.studies import STUDIES, Recipe, Run, Study, get_study, study
+from pcvae.studies import STUDIES, Recipe, Run, Study, get_study
 
 
 class CrashInStep(Method):

@@ -70,9 +70,11 @@ def test_contrastive_loss_with_large_logits():
 
 def test_contrastive_loss_gradient():
     a = torch.randn(6, 6, generator=gen(), dtype=torch.float64, requires_grad=True)
-    for d in ("z2x", "x2z", "both"): assert torch.autograd.gradcheck(lambda a: contrastive_loss(a, d), a)
-    g, = torch.autograd.grad(contrastive_loss(a, "z2x"), a)
-    torch.testing.assert_close(g, (a.detach().softmax(1) - torch.eye(6)) / 6)
+    for d in ("z2x", "x2z", "both"):
+        for scale in (1., 60.):         # the second is too wide for a single exp
+            assert torch.autograd.gradcheck(lambda a: contrastive_loss(scale * a, d), a) and torch.autograd.gradgradcheck(lambda a: contrastive_loss(scale * a, d), a)
+    for d, want in (("z2x", a.detach().softmax(1)), ("x2z", a.detach().softmax(0)), ("both", (a.detach().softmax(0) + a.detach().softmax(1)) / 2)):
+        torch.testing.assert_close(torch.autograd.grad(contrastive_loss(a, d), a)[0], (want - torch.eye(6)) / 6)
 
 @pytest.mark.parametrize("logits, message", [(torch.zeros(1, 1), "at least 2 of them, got 1"), (torch.zeros(3, 4), r"\(3, 4\)"), (torch.zeros(2, 3, 3), r"\(2, 3, 3\)")])
 def test_contrastive_loss_refuses(logits, message):
@@ -182,6 +184,18 @@ def test_self_critic_gradient_is_the_same_by_both_ways():
     mean, logvar = (t.clone().requires_grad_() for t in data[:2])
     slow = torch.autograd.grad(self_critic_loss(DiagGaussian(mean, logvar).rsample(data[2]), DiagGaussian(mean, logvar)), (mean, logvar), create_graph=True)
     torch.testing.assert_close(torch.cat(slow).detach(), fast)
+
+@pytest.mark.parametrize("second", [False, True])
+def test_self_critic_with_very_narrow_posteriors_in_float32(second):
+    "The expanded square has no correct digit on the diagonal here."
+    data = made_up(40, 8, 1., 1e-6)
+    want, want_grad = with_grad(broadcast, *data)
+    mean, logvar, eps = (t.float() for t in data)
+    mean.requires_grad_(); logvar.requires_grad_()
+    q = DiagGaussian(mean, logvar)
+    loss = self_critic_loss(q.rsample(eps), q)
+    g = torch.cat(torch.autograd.grad(loss, (mean, logvar), create_graph=second))
+    assert abs(loss.item() - want) < 1e-5 and (g - want_grad).abs().max() < 1e-4
 
 def test_self_critic_leaves_its_inputs_alone():
     mean, logvar, eps = made_up(6, 2)

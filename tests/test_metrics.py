@@ -337,6 +337,13 @@ def test_reencoding_error_closed_form(how):
     with pytest.raises(ValueError, match="'median'"): reencoding_error(m, x, gen(), "median")
 
 
+def test_reencoding_error_by_hand():
+    m = linear(); x = m.sample(7, gen(1)); q = m.encode(x); g = gen(3)
+    z = q.rsample(torch.randn(7, 4, generator=g, dtype=torch.float64))
+    again = m.encode(z @ m.W.T + m.c).rsample(torch.randn(7, 4, generator=g, dtype=torch.float64))
+    assert reencoding_error(m, x, gen(3)) == pytest.approx(float(((z - again) ** 2).sum()) / 28)
+
+
 def test_reencoding_of_a_sample_goes_through_generate():
     m = linear(); x = m.sample(50, gen(1)); seen = []
     m.generate = lambda z, draw=None: (seen.append(draw), m.decode(z).sample(draw))[1]

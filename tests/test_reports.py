@@ -9,7 +9,7 @@ import torch
 
 matplotlib.use("agg")
 from pcvae.metrics.audit import published_tables
-from pcvae.reports import (beside, cell, cells, curves, deviations, pictures, plot_curves, plot_pictures, plot_tradeoff, provenance, published,
+from pcvae.reports import (beside, cell, cells, deviations, pictures, plot_curves, plot_pictures, plot_tradeoff, provenance, published,
                            published_names, read_data, save_figure, save_table, show, summary, to_markdown)
 from pcvae.studies import pack_pictures
 
@@ -93,6 +93,8 @@ def test_markdown_and_html(frame):
     widths = {l.count(" | ") for l in lines if l.startswith("| ") and "---" not in l}
     assert len(widths) == 1 and sum(l.startswith("| ") for l in lines) == 11 and "a | b" in lines
     assert to_markdown(pd.DataFrame({"x|y": [1.234, math.nan], "n": [1, 2]}, index=["p", "q"])).splitlines()[2:4] == ["| p | 1.23 | 1 |", "| q | – | 2 |"]
+    counted = to_markdown(pd.DataFrame({"within": pd.array([True, pd.NA], dtype="boolean"), "why": ["a sentence of some length, to the left", "b"]})).splitlines()
+    assert counted == ["| within | why |", "| ---: | --- |", "| True | a sentence of some length, to the left |", "| – | b |"]
     page = show(t, "Table <1>").data
     assert "Table &lt;1&gt;" in page and "≥" in page and page.count("<tr") == 11
 

@@ -100,8 +100,8 @@ def mutual_posterior_divergence(
     off_diagonal: bool = False  # over pairs of different items only
 ) -> float:                     # nats
     "Mean symmetrised KL between the posteriors of two items, by single sums in float64 (equation 5)."
-    mean = (q.mean - q.mean.mean(0)).double()       # centred: the expanded square cancels less
+    mean = q.mean.double() - q.mean.double().mean(0)        # centred, so that the middle term vanishes and nothing cancels
     v, iv = q.logvar.double().exp(), (-q.logvar.double()).exp()
-    square = (mean ** 2).mean(0) * iv.mean(0) - 2 * mean.mean(0) * (mean * iv).mean(0) + (mean ** 2 * iv).mean(0)
+    square = (mean ** 2).mean(0) * iv.mean(0) + (mean ** 2 * iv).mean(0)
     mpd = float(0.5 * (square + v.mean(0) * iv.mean(0) - 1).sum())
     return mpd * len(mean) / (len(mean) - 1) if off_diagonal else mpd
