@@ -17,7 +17,7 @@ import os
 import pkgutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,7 +133,7 @@ def train_rows(args, chosen: list[str], deadline: float) -> int:
     counts = {}
     for paper in chosen:
         study, results, left = one_study(paper, args), folder("results", args.results), deadline - time.monotonic()
-        with process_pool(args.workers) or nullcontext() as executor:
+        with process_pool(args.workers) as executor:
             frame = study.frame(results) if left <= 0 else run_study(study, executor, results, runs_folder(args) / "state", args.device,
                                                                      None if left == float("inf") else left / 60, progress=sys.stderr.isatty())
         print(f"{paper}, {args.scale} scale, rows in {shown(results / paper / args.scale)}")

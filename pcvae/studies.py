@@ -17,6 +17,7 @@ import subprocess
 import time
 import uuid
 from concurrent.futures import as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -138,10 +139,10 @@ def project_root(start: str | Path = ".") -> Path:
     return next((p for p in (start, *start.parents) if (p / "settings.ini").exists()), start)
 
 def process_pool(workers: int):
-    "A pool of `workers` fresh processes with one thread each, or None where one process will do."
+    "A context: a pool of `workers` fresh processes with one thread each, or None where one process will do."
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
-    if workers <= 1: return None
+    if workers <= 1: return nullcontext()
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 def default_device(device: str = "auto") -> str:
@@ -232,6 +233,7 @@ def execute(run: Run, paper: str, results="results", work="runs/state", device: 
     "Train and evaluate one run and write its row; None when time (`stop_at`, seconds since 1970) ran out first, with the state saved."
     path = row_path(run, results, paper)
     if path.exists(): return read_row(path, run)
+    if stop_at is not None and time.time() > stop_at: return None
     threads, denormal = torch.get_num_threads(), device == "cpu"
     if device == "cpu": torch.set_num_threads(1); keep_memory()
     torch.set_flush_denormal(denormal)      # saturated sigmoids give denormal gradients, a hundred times slower on a CPU

@@ -115,7 +115,8 @@ class Trainer:
     # ---- one step
     def update(self, total: Tensor, only=None) -> None:
         "Backward, joint clipping, then a step of all groups or of those named in `only`."
-        self.optimizer.zero_grad(set_to_none=True)
+        for g in self.optimizer.param_groups:
+            for p in g["params"]: p.grad = None
         total.backward()
         if self.recipe.clip: nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.recipe.clip)
         for g in self.optimizer.param_groups:
@@ -143,10 +144,12 @@ class Trainer:
         if self.batch_index: self.generator.set_state(state)
         self.model.train(); self.methods.train()
         step = next((m.train_step for m in self.methods if m.train_step is not None), None)
+        ahead = None if self.data.binarise else self.data.train[order]      # one gather for the epoch, where nothing is drawn anew
         while self.batch_index < self.steps_per_epoch:
             i = self.batch_index
             last = i == self.steps_per_epoch - 1
-            x = self.data.batch(order[i * self.batch:None if last else (i + 1) * self.batch], self.generator)
+            part = slice(i * self.batch, None if last else (i + 1) * self.batch)
+            x = self.data.batch(order[part], self.generator) if ahead is None else ahead[part]
             parts = step(self, x) if step else self.plain_step(x)
             self.step += 1; self.batch_index += 1
             self._account(parts, len(x))
@@ -155,11 +158,13 @@ class Trainer:
         return True
 
     def _account(self, parts: dict, n: int):
+        "Add the parts of one step to the sums of the epoch."
         row = {"rec": -parts["log_px"].detach().mean(), "kl": parts["kl"].detach().sum(-1).mean(),
                **{k: v.detach() for k, v in parts.items() if k not in ("log_px", "kl")}}
         for k, v in row.items(): self._sums[k] = self._sums.get(k, 0.) + n * v
         self._losses.append(sum(row.values()))
-        if self.device.type == "cpu": self._check_finite()              # on a GPU only once an epoch: looking would stop the queue
+        if self.device.type == "cpu" and math.isfinite(self._losses[-1].item()): self._losses = []
+        elif self.device.type == "cpu": self._check_finite()            # on a GPU only once an epoch: looking would stop the queue
 
     def _check_finite(self):
         "Raise `Diverged` if a loss since the last look was not finite."
@@ -167,7 +172,7 @@ class Trainer:
         if len(bad):
             batch = self.batch_index - len(self._losses) + int(bad[0]) + 1
             raise Diverged(f"the loss became {float(self._losses[int(bad[0])])} in epoch {self.epoch + 1}, batch {batch} of {self.steps_per_epoch} "
-                           "(seed {}); try a smaller learning rate, clipping, or float64".format(self.seed), self.epoch + 1, batch)
+                           f"(seed {self.seed}); try a smaller learning rate, clipping, or float64", self.epoch + 1, batch)
         self._losses = []
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from pcvae.metrics import (LinearGaussian, MutualInformation, PCAFeatures, activ
                            ap_mi_ceiling, ap_nll, ball_counts, decoder_use_gap, density_coverage, evaluate, expected_coverage, features, fit_prior,
                            gaussian_upper, mutual_information, mutual_posterior_divergence, neg_elbo_parts, nll_iw, nll_iw_all, real_ceiling,
                            reencoding_error, standard_error, surgery)
+from pcvae.metrics.evaluate import metric_generator, some
 from pcvae.metrics.information import log_others
 from pcvae.metrics.likelihood import derangement, encode_all, evaluating
 from pcvae.models.vae import Bernoulli, Normal
@@ -538,7 +539,7 @@ def test_row():
     assert row["neg_elbo"] == pytest.approx(row["rec"] + row["kl_fed"]) and row["objective"] == pytest.approx(row["rec"] + row["kl"])
     assert row["kl"] == row["kl_fed"] == pytest.approx(float(q.kl(m.prior).sum(-1).mean()))
     assert row["au"] == active_units(q.mean) and row["mpd"] == pytest.approx(mutual_posterior_divergence(q)) and row["mi_ceiling"] == pytest.approx(math.log(400))
-    assert row["mi"] <= row["kl_fed"] + 0.3 and row["nll_matched"] == pytest.approx(row["nll"], abs=0.1)
+    assert row["gap"] == pytest.approx(2 * float((m.W ** 2).sum()), rel=0.15) and row["mi"] <= row["kl_fed"] + 0.3 and row["nll_matched"] == pytest.approx(row["nll"], abs=0.1)
     assert row["coverage"] == pytest.approx(expected_coverage(400), abs=0.04) and row["density"] == pytest.approx(1, abs=0.15)
 
 
@@ -568,8 +569,26 @@ def test_row_of_a_method_with_its_own_prior():
     assert set(row) == COLUMNS | {"nll_A"}
 
 
+def test_row_reads_the_right_posterior():
+    "Charged means are a twentieth of the fed ones: information, activity and divergence are those of the fed posterior."
+    m = linear(); data = world(m); q = m.encode(data.test.double())
+    m.charged = lambda x: DiagGaussian(m.encode(x).mean / 20, m.encode(x).logvar)
+    row = evaluate(m, data, features=False, as_published={"batch": 400, "n_samples": 2, "samples": False})
+    assert row["au"] == active_units(q.mean) > row["au_charged"] == active_units(q.mean / 20)
+    assert row["mpd"] == pytest.approx(mutual_posterior_divergence(q)) and row["mi"] > 2 < row["ap_mi"]
+    assert row["kl"] == pytest.approx(float(m.charged(data.test.double()).kl(m.prior).sum(-1).mean())) and row["kl_fed"] > row["kl"] + 0.5
+    assert row["ap_nll"] == pytest.approx(row["objective"], abs=0.3) and set(row) == COLUMNS - {"density", "coverage"} | {"ap_nll", "ap_mi", "ap_au"}
+
+
+def test_metrics_draw_independently():
+    draw = lambda seed, name: torch.randn(3, generator=metric_generator(seed, name)).tolist()
+    assert draw(0, "a") == draw(0, "a") and len({tuple(draw(*v)) for v in ((0, "a"), (0, "b"), (1, "a"), (10, "a"), (1, "0/a"))}) == 5
+
+
 def test_row_on_part_of_the_data():
-    m = linear(); row = evaluate(m, world(m), n_samples=3, n_nll=50, n_pool=60, n_fit=100, k=2)
+    m = linear(); data = world(m); row = evaluate(m, data, n_samples=3, n_nll=50, n_pool=60, n_fit=100, k=2)
+    few = some(400, 50, 0, "nll items")
+    assert row["nll"] == pytest.approx(float(m.nll(data.test[few].double()).mean())) and len(few.unique()) == 50 and few.max() > 60
     assert row["nll_items"] == 50 and row["nll_samples"] == 3 and row["mi_ceiling"] == pytest.approx(math.log(60))
     with pytest.raises(ValueError, match="Did you mean 'batch'"): evaluate(m, world(m), as_published={"bacth": 3})
 

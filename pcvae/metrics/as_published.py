@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..gaussian import DiagGaussian, log_aggregate
-from .information import _pool
+from ..gaussian import DiagGaussian
+from .information import _pool, log_others, log_own
 from .likelihood import encode_all, evaluating, noise
 from .samples import density_coverage
 
@@ -55,7 +55,8 @@ def ap_mi(
 ) -> float:                     # nats
     "Mutual information estimated inside batches (equation 2)."
     z = _pool(q, z, generator)
-    parts = [(len(zi), float(-qi.entropy().sum(-1).mean() - log_aggregate(zi, qi).mean()))
+    log_agg = lambda zi, qi: torch.logaddexp(log_own(zi, qi), log_others(zi, qi).double()) - math.log(len(zi))
+    parts = [(len(zi), float(-qi.entropy().sum(-1).mean() - log_agg(zi, qi).mean()))
              for zi, qi in ((z[i:i + batch], q[i:i + batch]) for i in range(0, len(z), batch))]
     return sum((n if weighted else 1) * v for n, v in parts) / sum(n if weighted else 1 for n, _ in parts)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import unknown
-from ..gaussian import DiagGaussian, logsumexp_safe
+from ..gaussian import LOG_2PI, DiagGaussian, logsumexp_safe
 from ..models.vae import Normal
 
 # %% ../../nbs/10_metrics/00_likelihood.ipynb #559d0354
@@ -110,8 +110,10 @@ def nll_iw_all(
         for i in range(0, len(x), rows):
             xi, qi = x[i:i + rows], q[i:i + rows]
             for k in range(0, n_samples, ks):
-                z = qi.rsample(noise((min(ks, n_samples - k), *qi.shape), qi.mean, generator))
-                shared = model.log_prob(xi, z) - qi.log_prob(z)
+                eps = noise((min(ks, n_samples - k), *qi.shape), qi.mean, generator)
+                log_q = -0.5 * (eps * eps + qi.logvar + LOG_2PI).sum(-1)    # from eps: z - mean has lost its digits where std is tiny
+                z = qi.rsample(eps)
+                shared = model.log_prob(xi, z) - log_q
                 for name, p in priors.items():
                     part = total[name][i:i + rows]
                     part.copy_(torch.logaddexp(part, logsumexp_safe(shared + p.log_prob(z), dim=0, inplace=True)))

@@ -36,5 +36,6 @@ def conv(
 ) -> VAE:
     "The critics paper's CNN VAE for 28 x 28 images."
     if width < 1: raise ValueError(f"width must be at least 1, got {width}")
+    encoder = Encoder(conv_trunk(width), 16 * width, latent_dim)
     decoder = Decoder(conv_up(latent_dim, width), Likelihood(likelihood, (1, 28, 28), variance))
-    return VAE(Encoder(conv_trunk(width), 16 * width, latent_dim), decoder, latent_dim)
+    return VAE(encoder, decoder, latent_dim)

@@ -28,5 +28,6 @@ def mlp(
     "A VAE of two perceptrons for vectors."
     if not hidden: raise ValueError("an mlp needs at least one hidden layer, e.g. hidden=(8,)")
     trunk = layers([x_dim, *hidden], last_relu=True)
+    encoder = Encoder(trunk, hidden[-1], latent_dim)
     net = layers([latent_dim, *reversed(hidden), x_dim])
-    return VAE(Encoder(trunk, hidden[-1], latent_dim), Decoder(net, Likelihood(likelihood, (x_dim,), variance)), latent_dim)
+    return VAE(encoder, Decoder(net, Likelihood(likelihood, (x_dim,), variance)), latent_dim)

@@ -68,6 +68,7 @@ class Encoder(nn.Module):
     "x -> q(z|x): `trunk` to features [B, F], `head` to mean and log-variance."
     def __init__(self, trunk: nn.Sequential, n_features: int, latent_dim: int):
         super().__init__()
+        if latent_dim < 1: raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
         self.trunk, self.head = trunk, nn.Linear(n_features, 2 * latent_dim)
 
     def forward(self, x: Tensor) -> DiagGaussian:
@@ -86,7 +87,6 @@ class VAE(nn.Module):
     "encoder + decoder + prior N(0, I)."
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int):
         super().__init__()
-        if latent_dim < 1: raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
         self.encoder, self.decoder, self.latent_dim = encoder, decoder, latent_dim
         self.register_buffer("prior_mean", torch.zeros(latent_dim))
         self.register_buffer("prior_logvar", torch.zeros(latent_dim))

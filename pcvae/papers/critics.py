@@ -29,8 +29,9 @@ def table1(scale: str = "quick", seeds=None) -> Study:
     data = {"name": "gmm"} if n == 20_000 else {"name": "gmm", "n_per_component": n}
     methods = {"VAE": [], "Self critic": [SelfCritic(weight=20.)],
                "Neural critic": [NeuralCritic(weight=20., dim=8, hidden_x=12, hidden_z=6, x_net="mlp")]}
+    precise = lambda ms: "float64" if any(isinstance(m, SelfCritic) for m in ms) else "float32"
     make = lambda ms, s: Run(data, dict(name="mlp", x_dim=16, latent_dim=4, hidden=(8,), variance=0.5), ms,
-                             Recipe(epochs=epochs, batch=batch, optimizer="adamw", lr=lr, weight_decay=0.01),
+                             Recipe(epochs=epochs, batch=batch, optimizer="adamw", lr=lr, weight_decay=0.01, dtype=precise(ms)),
                              dict(n_samples=samples, as_published={"batch": batch, "squared_error": True}), s, scale)
     note = "" if n == 20_000 else f"{10 * n:,} points of the mixture instead of 200,000; batch {batch}, learning rate {lr}"
     return Study(PAPER, "table1", scale, _rows(methods, make, seeds or SEEDS[scale]), note)
