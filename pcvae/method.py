@@ -163,6 +163,10 @@ class Trained:
 
     def encode(self, x: Tensor) -> DiagGaussian: return self._infer(x).q.detach()
     def charged(self, x: Tensor) -> DiagGaussian: return self._infer(x).charged.detach()
+    def posteriors(self, x: Tensor) -> tuple[DiagGaussian, DiagGaussian]:
+        "Charged and fed posterior from one pass of the encoder."
+        b = self._infer(x)
+        return b.charged.detach(), b.q.detach()
     def decode(self, z: Tensor, x: Tensor | None = None): return self.model.decode(z, x)
     def generate(self, z: Tensor, draw=None) -> Tensor: return self.model.generate(z, draw)
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor: return self.decode(z, x).log_prob(x)

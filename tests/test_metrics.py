@@ -394,6 +394,21 @@ class nullcontext:
     def __exit__(self, *a): pass
 
 
+def test_pairs_at_the_radius_are_decided_in_double_precision():
+    "Generated points on the unit circle, rounded to float32: inside or outside a ball of radius 1 by less than 1e-7."
+    angle = 2 * math.pi * torch.rand(5000, generator=gen(1))
+    fake = torch.nn.functional.pad(torch.stack([angle.cos(), angle.sin()], 1), (0, 5))
+    real = torch.zeros(4, 7); real[1, 0], real[2:, 1] = 1., 50.
+    inside = int(((fake.double().numpy() ** 2).sum(1) < 1).sum())
+    assert 1000 < inside < 4000
+    with pytest.warns(UserWarning, match="2 of 4"): assert ball_counts(real, fake, 1)[0] == inside
+
+
+def test_equal_points_hold_nothing():
+    same = torch.ones(9, 2)
+    with pytest.warns(UserWarning, match="9 of 9"): assert density_coverage(same, same) == (0, 0)
+
+
 def test_tree_and_blocks_agree_on_larger_sets(monkeypatch):
     real, fake = torch.randn(3000, 4, generator=gen(1)), torch.randn(2500, 4, generator=gen(2)) * 1.2
     tree = ball_counts(real, fake)
@@ -416,6 +431,7 @@ def test_expected_coverage():
     assert coverage == pytest.approx(expected_coverage(60, 2), abs=0.01) and density == pytest.approx(1, abs=0.02)
     d, c = real_ceiling(torch.randn(2001, 5, generator=gen(1)), generator=gen(2))
     assert c == pytest.approx(expected_coverage(1000), abs=0.03) and d == pytest.approx(1, abs=0.1)
+    real_ceiling(torch.randn(12, 3, generator=gen(1)))              # halves of 6 have five neighbours
 
 
 def test_bad_features():
@@ -439,6 +455,9 @@ def test_pca_features():
     v = f.var(0)
     expected = np.linalg.eigvalsh(np.cov(x.flatten(1).numpy().T))[::-1]
     np.testing.assert_allclose(v.numpy(), expected, rtol=1e-3)
+    torch.testing.assert_close(f.mean(0), torch.zeros(12), rtol=0, atol=1e-4)
+    p = PCAFeatures(x + 7, 2)
+    torch.testing.assert_close(p(x + 7).abs(), f[:, :2].abs(), rtol=1e-2, atol=1e-3)
     p = PCAFeatures(x, 2)
     torch.testing.assert_close(p(x).var(0), v[:2], rtol=1e-3, atol=1e-3)
     assert p.explained == pytest.approx(expected[:2].sum() / expected.sum(), rel=1e-4)
@@ -637,3 +656,20 @@ def test_images_are_compared_by_principal_components():
 def test_encode_all_in_batches():
     m = linear(); x = m.sample(25, gen(1)); a, b = encode_all(m, x, 4), m.encode(x)
     torch.testing.assert_close(a.mean, b.mean); torch.testing.assert_close(a.logvar, b.logvar)
+
+
+def test_posteriors_narrower_than_float32_can_tell():
+    "A std far below the spacing of float32 numbers near the mean: codes drawn in float32 would lie thousands of stds off."
+    generator = torch.Generator().manual_seed(0)
+    q = DiagGaussian(20 + torch.randn(200, 3, generator=generator), torch.full((200, 3), 2 * math.log(1e-8)))
+    mi = mutual_information(q, generator=torch.Generator().manual_seed(1))
+    assert abs(mi.value - math.log(200)) < 1e-6 and mi.saturated
+    assert abs(ap_mi(q, 50, generator=torch.Generator().manual_seed(1)) - math.log(50)) < 0.5      # its first term is analytic, hence the noise
+
+    class Constant:                                                 # p(x|z) = 1 for every z: the bound is E log q/p, known in closed form
+        prior = DiagGaussian.standard(3)
+        def encode(self, x): return q[:len(x)]
+        def log_prob(self, x, z): return torch.zeros(z.shape[:-1])
+    nll = nll_iw(Constant(), torch.zeros(200, 1), 50, generator=torch.Generator().manual_seed(2))
+    exact = 0.5 * (q.mean.double() ** 2 - 2 * math.log(1e-8) - 1).sum(-1)
+    assert ((nll - exact).abs() < 6).all()

@@ -138,7 +138,6 @@ class PCAFeatures:
         flat = features(x_train)
         if not 1 <= n <= flat.shape[1]: raise ValueError(f"n={n} components of {flat.shape[1]} features are not possible")
         self.mean = flat.mean(0)
-        cov = (flat - self.mean).T @ (flat - self.mean) / (len(flat) - 1)
-        values, vectors = torch.linalg.eigh(cov)
+        values, vectors = torch.linalg.eigh((flat - self.mean).T @ (flat - self.mean))
         self.components, self.explained = vectors[:, -n:].flip(1), float(values[-n:].sum() / values.sum())
     def __call__(self, x: Tensor) -> Tensor: return (features(x).to(self.mean) - self.mean) @ self.components
