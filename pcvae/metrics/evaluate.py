@@ -83,6 +83,15 @@ def _codes(q, charged, pool, generator) -> dict:
     return {"mi": mi.value, "mi_ceiling": mi.ceiling, "mi_upper": mi.upper, "mi_saturated": float(mi.saturated),
             "au": float(active_units(q.mean)), "au_charged": float(active_units(charged.mean)), "mpd": mutual_posterior_divergence(q)}
 
+def _published(model, x, n_samples, generator, rows: int = 500) -> dict:
+    "What the model's methods say that their papers printed: mean over items, under the method's own names. None of it is a bound."
+    own, total = model.published() if hasattr(model, "published") else {}, {}
+    with evaluating(model):
+        for part in x.split(rows) if own else ():
+            eps = noise((n_samples, len(part), model.prior.shape[-1]), model.prior.mean, generator)
+            for name, f in own.items(): total[name] = total.get(name, 0.) + float(f(model, part, eps).double().sum())
+    return {name: v / len(x) for name, v in total.items()}
+
 def _reencode(model, x, q, batch, generator) -> dict:
     try: return {"reencode": reencoding_error(model, x, generator, q=q, batch=batch)}
     except NotImplementedError: return {}      # a decoder without a mean, such as one of text
@@ -133,6 +142,7 @@ def evaluate(
     priors = named_priors(model) | {"matched": fit_prior(model, train, batch)}
     row = _likelihoods(model, x[few], q[few], priors, n_samples, chunk, gen("nll"))
     row |= _elbo(model, x, q, charged, batch, gen("elbo")) | _codes(q, charged, pool, gen("mi")) | _reencode(model, x, q, batch, gen("reencode"))
+    row |= _published(model, x[few], n_samples, gen("published"))
     row["gap"] = decoder_use_gap(model, x, gen("gap"), q=q, batch=batch)
     if space := feature_space(features, x, train):
         row["density"], row["coverage"] = density_coverage(space(x[pool]), space(generated(model, len(pool), batch, gen("samples"))), k)
