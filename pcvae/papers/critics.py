@@ -44,7 +44,7 @@ def _images(scale: str):
     recipe = Recipe(epochs=epochs, batch=50, optimizer="adamw", lr=lr, weight_decay=0.01)
     evaluation = dict(n_samples=samples, n_nll=500, as_published={"batch": 50, "squared_error": True})
     note = "" if scale in ("small", "full") else "scikit-learn digits, enlarged to 28 x 28, in place of Omniglot"
-    if width < 32: note = "; ".join(filter(None, [note, f"network of width {width} instead of 32, {epochs} epochs instead of 30"]))
+    if width < 32: note = "; ".join(filter(None, [note, f"network of width {width} instead of 32, {epochs} epoch{'s' * (epochs > 1)} instead of 30"]))
     return data, width, recipe, evaluation, note
 
 def _critics(temperature: str = "raw") -> dict:
