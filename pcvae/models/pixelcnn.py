@@ -229,14 +229,14 @@ def pixel_steps(net: nn.Sequential, n: int, width: int) -> list:
 
 def run_steps(steps: list, h: Tensor) -> Tensor: return functools.reduce(lambda h, step: step(h), steps, h)
 
+# %% ../../nbs/02_models/04_pixelcnn.ipynb #265cf4cc
 class ResidualSampler:
     "The state of a `ResidualNet` half-way through n images."
     def __init__(self, net: ResidualNet, maps: Tensor):
         n, width, first = len(maps), maps.shape[-1], net.first
-        scale, shift = fold(first.norm)
-        self.z = (first.z(maps) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).permute(2, 3, 0, 1).contiguous()
-        self.image = CachedConv(first.image, None, n, width)
-        self.image.taps, self.image.above = self.image.taps * scale, self.image.above * scale.view(-1, 1, 1, 1)
+        scale, _ = fold(first.norm)
+        self.z = (first.z(maps) * scale.view(-1, 1, 1)).permute(2, 3, 0, 1).contiguous()    # [H, W, n, C]; the shift is in `image`
+        self.image = CachedConv(first.image, first.norm, n, width)
         steps = [pixel_steps(block.net, n, width) for block in (*net.blocks, *net.direct)]
         calls = [lambda h, s=s: F.elu(h + run_steps(s, h)) for s in steps]
         self.blocks, self.direct, self.head = calls[:len(net.blocks)], calls[len(net.blocks):], pixel_steps(net.head, n, width)
@@ -289,6 +289,7 @@ class CachedGate:
         self.c += h is not None
         return new if h is None else h + new
 
+# %% ../../nbs/02_models/04_pixelcnn.ipynb #c0eb1069
 class GatedSampler:
     "The state of a `GatedNet` half-way through n images."
     def __init__(self, net: GatedNet, maps: Tensor):
@@ -330,9 +331,10 @@ class PixelCNN(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Bernoulli:
         if x is None: raise ValueError("an autoregressive decoder predicts each pixel from those before it: call decode(z, x) with the images, or generate(z)")
-        lead = z.shape[:-1]
-        x = x.expand(*lead, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
-        return self.likelihood(self.net(x, self.maps(z.reshape(-1, z.shape[-1]))).view(*lead, 1, self.image_size, self.image_size))
+        event, lead = self.likelihood.event_shape, z.shape[:-1]
+        if x.shape[-3:] != event: raise ValueError(f"the decoder takes images of shape {event}, got {tuple(x.shape[-3:])}")
+        x = x.expand(*lead, *event).reshape(-1, *event)
+        return self.likelihood(self.net(x, self.maps(z.reshape(-1, z.shape[-1]))).view(*lead, *event))
 
     @torch.no_grad()
     def generate(self,
@@ -341,10 +343,10 @@ class PixelCNN(nn.Module):
                  chunk: int = 512   # codes at a time; bounds the memory, changes no pixel
                  ) -> Tensor:       # [..., 1, S, S], zeros and ones
         "Images from codes alone, by the cache; equal to `generate_naive`."
-        shape = (*z.shape[:-1], 1, self.image_size, self.image_size)
-        eps = [None] * len(z.reshape(-1, z.shape[-1])) if draw is None else draw(shape).reshape(-1, *shape[-2:])
-        parts = zip(z.reshape(-1, z.shape[-1]).split(chunk), [eps[i:i + chunk] for i in range(0, len(eps), chunk)])
-        return torch.cat([self._generate(a, None if draw is None else e) for a, e in parts]).view(shape)
+        codes, shape = z.reshape(-1, z.shape[-1]), (*z.shape[:-1], *self.likelihood.event_shape)
+        eps = None if draw is None else draw(shape).reshape(-1, *shape[-2:])
+        parts = [self._generate(codes[i:i + chunk], None if eps is None else eps[i:i + chunk]) for i in range(0, len(codes), chunk)]
+        return torch.cat(parts).view(shape)
 
     def _generate(self, z: Tensor, eps: Tensor | None) -> Tensor:
         state, x = SAMPLERS[type(self.net)](self.net, self.maps(z)), z.new_zeros(len(z), self.image_size, self.image_size)
@@ -355,6 +357,7 @@ class PixelCNN(nn.Module):
                 state.put(x[:, r, c])
         return x
 
+# %% ../../nbs/02_models/04_pixelcnn.ipynb #8e3aa2b7
 class PixelVAE(VAE):
     "A VAE whose `generate` samples pixel by pixel."
     def generate(self, z: Tensor, draw=None) -> Tensor:

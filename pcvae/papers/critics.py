@@ -39,7 +39,7 @@ def table1(scale: str = "quick", seeds=None) -> Study:
 # %% ../../nbs/papers/critics.ipynb #996f1278
 def _images(scale: str):
     "Data, width, recipe and evaluation of the image runs at a scale."
-    width, epochs, lr, samples = {"smoke": (2, 1, 1e-3, 5), "quick": (8, 20, 5e-4, 50), "small": (8, 8, 2e-4, 100), "full": (32, 30, 2e-4, 500)}[scale]
+    width, epochs, lr, samples = {"smoke": (2, 1, 1e-3, 5), "quick": (8, 20, 5e-4, 50), "small": (8, 8, 2e-4, 100), "full": (32, 30, 2e-4, 100)}[scale]
     data = {"name": "omniglot"} if scale in ("small", "full") else {"name": "digits", "size": 28}
     recipe = Recipe(epochs=epochs, batch=50, optimizer="adamw", lr=lr, weight_decay=0.01)
     evaluation = dict(n_samples=samples, n_nll=500, as_published={"batch": 50, "squared_error": True})
