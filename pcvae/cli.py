@@ -352,3 +352,6 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("pcvae: stopped; the same command goes on from the last saved state", file=sys.stderr)
         return 130
+
+# %% ../nbs/14_cli.ipynb #420d714b
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())
