@@ -673,3 +673,14 @@ def test_posteriors_narrower_than_float32_can_tell():
     nll = nll_iw(Constant(), torch.zeros(200, 1), 50, generator=torch.Generator().manual_seed(2))
     exact = 0.5 * (q.mean.double() ** 2 - 2 * math.log(1e-8) - 1).sum(-1)
     assert ((nll - exact).abs() < 6).all()
+
+
+def test_one_needle_does_not_spoil_the_pool():
+    "A few posteriors 1e6 times narrower than the rest: their densities at other codes must not be the rounding error of a difference of large numbers."
+    generator = torch.Generator().manual_seed(0)
+    mean, logvar = 3 * torch.randn(300, 4, generator=generator), torch.full((300, 4), -1.)
+    logvar[::50] = 2 * math.log(1e-6)
+    q, z = DiagGaussian(mean, logvar), None
+    single = mutual_information(q, generator=torch.Generator().manual_seed(1))
+    double = mutual_information(q.to(torch.float64), z=q.to(torch.float64).rsample(torch.randn(300, 4, generator=torch.Generator().manual_seed(1)).double()))
+    assert abs(single.value - double.value) < 1e-4 and 0 < single.value <= single.ceiling + 1e-9
