@@ -382,7 +382,9 @@ def plot_pictures(
     n = frame["item"].max() + 1
     fig, axes = plt.subplots(len(rows), n, figsize=(0.62 * n + 1.4, 0.62 * len(rows) + 0.3 * bool(title)), squeeze=False, layout="constrained")
     for (label, kind), line in zip(rows, axes):
-        for ax in line: ax.axis("off")
+        for ax in line:         # a thin frame, so that an empty page is seen to be one
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(linewidth=0.3, color="0.7")
         for r in frame[(frame["label"] == label) & (frame["kind"] == kind)].itertuples(): line[r.item].imshow(_picture(r), cmap="gray_r", vmin=0, vmax=1)
         name = KINDS[kind] if kind == "data" or not label else f"{label}: {KINDS[kind]}"
         line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
