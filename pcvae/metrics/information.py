@@ -45,7 +45,7 @@ def log_own(z: Tensor, q: DiagGaussian) -> Tensor:
 def enough_digits(z: Tensor, q: DiagGaussian) -> tuple:
     "Both in float64 where the expanded squares of `pairwise_log_prob` would cancel in float32: single stds far below the spread of the means."
     worst = ((q.mean - q.mean.mean(0)) ** 2 * (-q.logvar).exp()).max()
-    dtype = torch.float64 if worst > 3e4 else q.mean.dtype
+    dtype = torch.float64 if worst > 3e5 else q.mean.dtype
     return z.to(dtype), q.to(dtype)
 
 @torch.no_grad()
