@@ -60,13 +60,15 @@ class Aggressive(Method):
                  check_every: int = 10,         # encoder steps between two looks at the loss; 15 for text
                  patience: int = 5,             # epochs with less information than the best until it ends; 1 for text
                  mi_batch: int | None = None,   # pools of the information estimate; None: the whole validation set as one pool
-                 max_epochs: int = 30):         # it ends here in any case
+                 max_epochs: int = 30,          # it ends after so many looks in any case
+                 look_every: int | None = None):  # outer batches between two looks at the information; None: an epoch
         super().__init__()
         for name, value in (("max_inner", max_inner), ("check_every", check_every), ("patience", patience), ("max_epochs", max_epochs)):
             if value < 1: raise ValueError(f"Aggressive: {name} must be at least 1, got {value!r}")
         if mi_batch is not None and mi_batch < 2: raise ValueError(f"Aggressive: a pool needs at least two items, got mi_batch={mi_batch!r}")
-        self.max_inner, self.check_every, self.patience, self.mi_batch, self.max_epochs = max_inner, check_every, patience, mi_batch, max_epochs
-        for name, value in (("on", 1.), ("best", 0.), ("worse", 0.), ("inner_steps", 0.), ("outer_steps", 0.)): self.scalar(name, value)
+        if look_every is not None and look_every < 1: raise ValueError(f"Aggressive: look_every must be at least 1 batch, or None; got {look_every!r}")
+        self.max_inner, self.check_every, self.patience, self.mi_batch, self.max_epochs, self.look_every = max_inner, check_every, patience, mi_batch, max_epochs, look_every
+        for name, value in (("on", 1.), ("best", 0.), ("worse", 0.), ("inner_steps", 0.), ("outer_steps", 0.), ("looks", 0.)): self.scalar(name, value)
 
     def train_step(self, trainer, x) -> dict:
         "While on: the inner loop, then one step of the decoder; afterwards a plain step."
@@ -76,15 +78,22 @@ class Aggressive(Method):
             self.outer_steps += 1
         total, parts = objective(trainer.model, trainer.methods, x, trainer.ctx())
         trainer.update(total, only=("decoder",) if on else None)
+        if on and self.look_every and int(self.outer_steps) % self.look_every == 0:
+            self.look(trainer)
+            trainer.model.train(); self.train()         # a view is in evaluation mode
         return parts
 
     def on_epoch_end(self, trainer):
-        if not self.on: return
+        if self.on and not self.look_every: self.look(trainer)
+
+    def look(self, trainer):
+        "Is there still more information than before? If not, often enough, aggressive training ends."
         mi = _mutual_information(trainer.view(), trainer.data.valid, self.mi_batch)
-        if mi < self.best: self.worse += 1          # never set back
+        self.looks += 1
+        if mi < self.best: self.worse += 1              # never set back
         else: self.best.fill_(mi)
         if self.worse >= self.patience: self.on.zero_()
-        elif trainer.epoch + 1 >= self.max_epochs:
+        elif self.looks >= self.max_epochs:
             self.on.zero_()
-            warnings.warn(f"Aggressive: still on after max_epochs={self.max_epochs} epochs (mutual information {mi:.3g} nats, best {float(self.best):.3g}, "
-                          f"{int(self.worse)} of {self.patience} epochs below it); switched off here", stacklevel=2)
+            warnings.warn(f"Aggressive: still on after max_epochs={self.max_epochs} looks at the information (now {mi:.3g} nats, best {float(self.best):.3g}, "
+                          f"{int(self.worse)} of {self.patience} looks below it); switched off here", stacklevel=2)

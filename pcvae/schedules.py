@@ -14,17 +14,18 @@ from .method import Ctx, Method
 
 # %% ../nbs/04_schedules.ipynb #1c81603e
 class LinearWarmup(Method):
-    "The KL weight rises in a straight line from `start` to 1 (equation 2)."
+    "The KL weight rises in a straight line from `start` towards 1 (equation 2), and stays once it arrives at `end`."
     stackable = True
-    def __init__(self, epochs: float = 10., start: float = 0.):
+    def __init__(self, epochs: float = 10., start: float = 0., end: float = 1.):
         super().__init__()
         if not epochs >= 0: raise ValueError(f"LinearWarmup: epochs={epochs!r} should be at least 0; 0 means no warm-up")
         if not 0 <= start <= 1: raise ValueError(f"LinearWarmup: start={start!r} should lie in [0, 1]")
-        self.scalar("epochs", epochs); self.scalar("start", start)
+        if not start <= end <= 1: raise ValueError(f"LinearWarmup: end={end!r} should lie between start={start!r} and 1")
+        for name, value in (("epochs", epochs), ("start", start), ("end", end)): self.scalar(name, value)
 
     def kl_weight(self, w, ctx: Ctx):
         done = (ctx.progress / self.epochs).nan_to_num(1.).clamp(max=1.)   # 0/0, a warm-up of no epochs, is done at once
-        return w * (self.start + (1 - self.start) * done)
+        return w * torch.minimum(self.start + (1 - self.start) * done, self.end)
 
 # %% ../nbs/04_schedules.ipynb #6cc3ad7f
 class Cyclical(Method):
