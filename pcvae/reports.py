@@ -6,7 +6,7 @@
 __all__ = ['NO_ANNEAL', 'LABELS', 'KEYS', 'SATURATED', 'LINES', 'AXES', 'MANY', 'KINDS', 'published_names', 'published',
            'printed', 'summary', 'cell', 'cells', 'beside', 'show', 'to_markdown', 'deviations', 'provenance',
            'save_table', 'save_figure', 'read_data', 'axis_label', 'curves', 'watched', 'activities', 'plot_curves',
-           'plot_activity', 'plot_tradeoff', 'pictures', 'plot_pictures', 'sheet', 'sheets', 'plot_sheets']
+           'plot_activity', 'plot_tradeoff', 'pictures', 'plot_pictures', 'sheet', 'sheets', 'plot_sheets', 'Report']
 
 # %% ../nbs/13_reports.ipynb #79d9084a
 import html
@@ -23,10 +23,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from IPython.display import HTML
+from IPython.display import HTML, display
 
 from .checks import unknown
-from .studies import Study, read_row, row_path, unpack_pictures
+from .studies import SCALES, STUDIES, Study, get_study, process_pool, project_root, read_row, row_path, run_study, unpack_pictures
 
 # %% ../nbs/13_reports.ipynb #589ef64b
 def published_names() -> dict:
@@ -528,3 +528,50 @@ def plot_sheets(
     if title: fig.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9)
     plt.close(fig)
     return fig
+
+# %% ../nbs/13_reports.ipynb #1547081d
+class Report:
+    "The studies of a paper at a scale, and how their tables and figures are shown and saved."
+    def __init__(self, paper: str, scale: str, only: str = "", seeds: str = "", results_dir: str = "", figures_dir: str = ""):
+        self.paper, self.scale, self.only = paper, scale, only
+        self.results, self.figures = (Path(given or project_root() / name).resolve() for given, name in ((results_dir, "results"), (figures_dir, "figures")))
+        chosen = tuple(int(s) for s in seeds.split(",")) if seeds else None
+        self.studies = {t: get_study(paper, t, scale, chosen) for t in ([only] if only else STUDIES[paper])}
+
+    def run(self, workers: int = 0, device: str = "auto", max_minutes: float = 0.):
+        "Train what has no row: all tables as one study, so that no worker waits at the end of a table. Lists what went wrong."
+        rows = {f"{t}: {label}": runs for t, s in self.studies.items() for label, runs in s.rows.items()}
+        with process_pool(workers) as pool:
+            frame = run_study(Study(self.paper, "all", self.scale, rows), pool, self.results, self.results.parent / "runs" / "state", device, max_minutes or None)
+        problems = frame[frame["status"] != "done"]
+        return problems[["label", "seed", "id", "status", "error"]] if len(problems) else f"all {frame['id'].nunique()} runs are done"
+
+    def frames(self, table: str) -> dict:
+        "scale -> (study, frame) of a table: the scale asked for, and the longer ones that have rows."
+        out = {self.scale: (self.studies[table], self.studies[table].frame(self.results))} if table in self.studies else {}
+        for s in SCALES[SCALES.index("small"):] if not self.only else ():
+            study = get_study(self.paper, table, s)
+            if s != self.scale and (frame := study.frame(self.results))["status"].eq("done").any(): out[s] = study, frame
+        return out
+
+    def table(self, table: str, make, name: str, caption: str) -> HTML:
+        "The table `make(study, frame)` at each scale, saved and shown."
+        html = []
+        for s, (study, f) in self.frames(table).items():
+            df, line = make(study, f), provenance(f, s, study.note)
+            save_table(df, self.paper, s, name, self.figures, line)
+            html.append(show(df, f"{caption}, {s} scale").data + f'<p style="font-size:85%; color:#555">{line}</p>')
+        return HTML("".join(html) or "<p>not asked for</p>")
+
+    def figure(self, table: str, draw, name: str):
+        "The figure `draw(study, frame, title)` -> (figure, its numbers), or None where there is nothing to draw; at each scale, saved and displayed."
+        for s, (study, f) in self.frames(table).items():
+            if drawn := draw(study, f, f"{s} scale" + (f": {study.note}" if study.note else "")):
+                save_figure(*drawn, self.paper, s, name, self.figures, provenance(f, s, study.note))
+                display(drawn[0])
+
+    def rows(self, study: Study) -> dict:
+        "label -> the row of its first run, where there is one that is done."
+        paths = {label: row_path(runs[0], self.results, self.paper) for label, runs in study.rows.items()}
+        rows = {label: read_row(p) for label, p in paths.items() if p.exists()}
+        return {label: r for label, r in rows.items() if r["status"] == "done"}

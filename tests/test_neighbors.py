@@ -11,7 +11,8 @@ from torch import nn
 from pcvae.gaussian import LOG_2PI, DiagGaussian
 from pcvae.method import Batch, Ctx, infer, make_method, objective, randn_draw
 from pcvae.models import build_model
-from pcvae.neighbors import NeighborEmbedding, capped_nll, model_case, reconstruction, squared_distance
+from pcvae.models.vae import Bernoulli
+from pcvae.neighbors import REENCODE, NeighborEmbedding, capped_nll, model_case, reconstruction, squared_distance
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,8 @@ def batch(model, methods, x, **kw):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kw", [dict(loss="se"), dict(loss="se", reduce="sum"), dict(loss="lp"), dict(loss="lp", reduce="mean", lp_const=True, cap=.3),
-                                dict(loss="se", reencode="straight_through"), dict(loss="lp", detach_z=True)])
+                                dict(loss="se", reencode="straight_through"), dict(loss="se", reencode="sample"), dict(loss="lp", reencode="sample"),
+                                dict(loss="lp", cap=-math.inf), dict(loss="lp", detach_z=True)])
 def test_value_by_hand(kw, dtype):
     m = NeighborEmbedding(weight=2., **kw)
     model, methods, x = case(m, dtype=dtype)
@@ -49,7 +51,7 @@ def test_value_by_hand(kw, dtype):
     q = model.encode(x)
     z = q.mean + q.std * draw(q.shape)
     p = model.decode(z).mean
-    if m.reencode == "straight_through": p = model.decode(z).sample(draw)
+    if m.reencode != "tf_mean": p = model.decode(z).sample(draw)
     q2 = model.encode(p)
     if m.loss == "se": d = (z - (q2.mean + q2.std * draw(q.shape)))**2
     else:
@@ -73,6 +75,36 @@ def test_cap_limits():
     assert (capped_nll(z, q, 1e4) == 1e4).all()
     # without the constant, c means c + 0.919 with it, up to the constant itself
     torch.testing.assert_close(capped_nll(z, q, 0.2), capped_nll(z, q, 0.2 + 0.5 * LOG_2PI, const=True) - 0.5 * LOG_2PI)
+
+
+def test_cap_is_per_dimension_and_per_sample():
+    "One term far away among terms that are near: the others hold at the cap, and the far one counts in full, whatever their sum is."
+    q, z = DiagGaussian(torch.zeros(3, 4), torch.zeros(3, 4)), torch.zeros(3, 4)
+    z[1, 2] = 4.
+    out, want = capped_nll(z, q, 1.), torch.ones(3, 4)
+    want[1, 2] = 8.                                     # z^2 / 2
+    assert torch.equal(out, want)
+    m = NeighborEmbedding("lp", cap=1.)
+    model, methods, x = case(m)
+    b = batch(model, methods, x)
+    d = m.distance(b.z, b.again(reconstruction(b.px)), b)
+    assert d.shape == (32, 3) and (d >= 1).all()
+    assert any(0 < n < 3 for n in (d == 1).sum(1)) and any(0 < n < 32 for n in (d == 1).sum(0))     # within one item and within one dimension both occur
+
+
+def test_uncapped_has_no_minimum():
+    "c = -inf: the sum of the terms, all of them with gradient; in the model case the cost falls all the way to variance 0, where a cap stops it."
+    m = NeighborEmbedding("lp", cap=-math.inf)
+    model, methods, x = case(m)
+    b = batch(model, methods, x, record=True)
+    q2 = b.again(reconstruction(b.px))
+    d = m.distance(b.z, q2, b)
+    torch.testing.assert_close(d, -q2.log_prob_dims(b.z) - 0.5 * LOG_2PI)
+    assert float(m.above) == 1
+    s2 = torch.logspace(-12, 0.5, 200, dtype=torch.float64)
+    for const in (False, True):
+        torch.testing.assert_close(model_case(s2, -math.inf, const), 0.5 * s2 + (0.5 * LOG_2PI if const else 0.))
+        assert model_case(s2, -math.inf, const).argmin() == 0 and 0 < model_case(s2, -1., const).argmin() < 199
 
 
 def test_no_gradient_below_the_cap():
@@ -107,6 +139,22 @@ def test_straight_through_is_binary_and_has_the_gradient_of_the_mean():
     torch.testing.assert_close(g, b.px.mean * (1 - b.px.mean))
 
 
+def test_sample_is_binary_and_teaches_the_encoder_only():
+    m = NeighborEmbedding("lp", cap=-9., reencode="sample")
+    model, methods, x = case(m)
+    b = batch(model, methods, x)
+    x2 = reconstruction(b.px, "sample", b.ctx.draw)
+    assert ((x2 == 0) | (x2 == 1)).all() and 0 < x2.mean() < 1 and not x2.requires_grad
+    m.penalty(b)["ne_lp"].backward()
+    assert all(p.grad is None for p in model.decoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+
+
+def test_all_three_agree_where_the_decoder_is_certain():
+    px = Bernoulli(torch.tensor([[-200., 200., 200., -200.]]))
+    for kind in REENCODE: assert torch.equal(reconstruction(px, kind, randn_draw(gen())), torch.tensor([[0., 1., 1., 0.]]))
+
+
 def test_weight_zero_changes_no_bit():
     grads = []
     for methods in ([], [NeighborEmbedding("lp", weight=0.)]):
@@ -115,6 +163,22 @@ def test_weight_zero_changes_no_bit():
         objective(model, methods, x, ctx(like=x))[0].backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("config", [dict(loss="se"), dict(loss="lp"), dict(loss="se", reencode="sample")])
+def test_weight_zero_is_the_vae_step_of_a_pixelcnn(config):
+    "Parameters after one step of Adam, bit for bit; of the statistics only the encoder's differ, which has seen x' as well."
+    states = []
+    for methods in ([], [NeighborEmbedding(weight=0., **config)]):
+        torch.manual_seed(0)
+        model = build_model("pixelcnn", latent_dim=3, image_size=8, kind="plain", kernels=(5, 3), z_kernel=3, encoder_channels=(4, 4), encoder_width=8).train()
+        x = torch.bernoulli(torch.full((16, 1, 8, 8), 0.3), generator=gen())
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        objective(model, methods, x, ctx(like=x))[0].backward()
+        optimizer.step()
+        states.append(model.state_dict())
+    differ = {k for k in states[0] if not torch.equal(states[0][k], states[1][k])}
+    assert differ and all(k.startswith("encoder") and k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in differ)
 
 
 def share(cap, epoch=0):
@@ -134,16 +198,35 @@ def share(cap, epoch=0):
 def test_warns_once_when_the_cap_never_acts():
     (text,) = share(50.)
     assert "share of 0 " in text and "cap=50" in text and "plain VAE" in text
-    assert share(50., epoch=1) == [] and share(0.) == []
+    assert share(50., epoch=1) == [] and share(0.) == [] and share(-math.inf) == []
+
+
+@pytest.mark.parametrize("seen, text", [((2, 4000, 4), "a share of 0.0005 "), ((0, 400, 4), "a share of 0 "), ((1, 400, 4), None)])
+def test_the_warning_names_the_measured_share(seen, text):
+    "`n` of `terms` terms above the cap, in each of `batches` batches; silent from a share of 0.001 on."
+    n, terms, batches = seen
+    m = NeighborEmbedding("lp", cap=3.)
+    z = torch.zeros(terms // 4, 4)
+    z.view(-1)[:n] = 9.                                 # 40 nats, above the cap
+    q2 = DiagGaussian(torch.zeros_like(z), torch.zeros_like(z))
+    for _ in range(batches): m.distance(z, q2, SimpleNamespace(ctx=Ctx(record=True)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        m.on_epoch_end(SimpleNamespace(epoch=0))
+    assert [text in str(w.message) for w in caught] == ([True] if text else [])
 
 
 def test_wrong_input():
     for make, what in ((lambda: NeighborEmbedding("sq"), "loss of NeighborEmbedding"), (lambda: NeighborEmbedding(reduce="men"), "Did you mean 'mean'"),
-                       (lambda: NeighborEmbedding(reencode="tf_men"), "Did you mean 'tf_mean'"), (lambda: NeighborEmbedding(weight=-1.), "at least 0"),
+                       (lambda: NeighborEmbedding(reencode="tf_men"), "Did you mean 'tf_mean'"), (lambda: NeighborEmbedding(weight=-1.), "at least 0.*-1"),
+                       (lambda: NeighborEmbedding(weight=math.nan), "at least 0 and finite, got nan"), (lambda: NeighborEmbedding(weight=math.inf), "finite, got inf"),
+                       (lambda: NeighborEmbedding("lp", cap=math.nan), "cap.*got nan"), (lambda: NeighborEmbedding("lp", cap=math.inf), "cap.*or -inf, got inf"),
+                       (lambda: reconstruction(Bernoulli(torch.zeros(2, 3)), "ancestral"), "unknown reencode"),
                        (lambda: make_method("NeighborEmbedding", kap=1.), "Did you mean 'cap'")):
         with pytest.raises(ValueError, match=what): make()
-    model, methods, x = case(NeighborEmbedding(reencode="straight_through"), "normal")
-    with pytest.raises(TypeError, match="binary x'.*Normal"): objective(model, methods, x, ctx(like=x))
+    for kind in ("straight_through", "sample"):
+        model, methods, x = case(NeighborEmbedding(reencode=kind), "normal")
+        with pytest.raises(TypeError, match=f"{kind}.*binary x'.*Normal"): objective(model, methods, x, ctx(like=x))
 
     class Tokens:
         @property
