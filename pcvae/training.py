@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'OPTIMIZERS', 'PEAK_FLOPS', 'Recipe', 'derive_seed', 'Diverged', 'parameter_groups', 'EpochSums', 'validate',
-           'look', 'plan_batches', 'make_optimizer', 'Stepper', 'Saved', 'Epochs', 'compiled', 'Trainer', 'step_flops',
+           'look', 'batch_sizes', 'make_optimizer', 'Stepper', 'Saved', 'Epochs', 'compiled', 'Trainer', 'step_flops',
            'throughput', 'train']
 
 # %% ../nbs/11_training.ipynb #1b4ff85a
@@ -123,14 +123,13 @@ def look(view: Trained, x: Tensor, generator) -> dict:
     return out | {"reencode": float(((z - again.rsample(randn_draw(generator, z)(z.shape))) ** 2).mean())}
 
 # %% ../nbs/11_training.ipynb #e4039115
-def plan_batches(n: int, batch: int, methods) -> tuple[int, int]:
-    "Batch size and steps in an epoch of `n` items; a last batch too small for a method's statistics joins the one before."
+def batch_sizes(n: int, batch: int, methods) -> tuple[int, int]:
+    "Largest and smallest size of a batch of `n` items: the recipe's, and what the statistics of the methods need."
     need = max([m.min_batch for m in methods], default=1)
     if min(batch, n) < need:
         who = ", ".join(type(m).__name__ for m in methods if m.min_batch == need)
         raise ValueError(f"{who} needs batches of at least {need}, but batch={batch} of {n} training items; raise Recipe.batch")
-    batch = min(batch, n)
-    return batch, math.ceil(n / batch) - ((n - 1) % batch + 1 < need)
+    return min(batch, n), need
 
 def make_optimizer(recipe: Recipe, model, methods):
     kind = OPTIMIZERS[recipe.optimizer]
@@ -149,7 +148,8 @@ class Stepper:
         self.model.mixed = recipe.dtype == "bfloat16"
         for split in (self.data.train, self.data.valid): self.model.check(split)
         self.epoch, self.step, self.n_epochs, self.lr_scale = 0, 0, recipe.epochs, 1.
-        self.batch, self.steps_per_epoch = plan_batches(len(self.data.train), recipe.batch, self.methods)
+        self.batch, self.at_least = batch_sizes(len(self.data.train), recipe.batch, self.methods)
+        self.steps_per_epoch = self.data.n_batches(self.batch, self.at_least)
         self.generator = torch.Generator(device=self.device)
         self.reseed()
         for m in self.methods: m.setup(self.model, self.data.batch(torch.arange(self.batch, device=self.device), self.generator))
@@ -161,7 +161,7 @@ class Stepper:
         torch.manual_seed(derive_seed(self.seed, "global", self.epoch))
 
     def ctx(self, record: bool = True) -> Ctx:
-        return Ctx(self.epoch, self.step, self.steps_per_epoch, self.n_epochs, True, record, randn_draw(self.generator, self.data.train))
+        return Ctx(self.epoch, self.step, self.steps_per_epoch, self.n_epochs, True, record, randn_draw(self.generator, self.model.prior_mean))
 
     def view(self) -> Trained: return Trained(self.model, self.methods)
     def random_batch(self) -> Tensor:
@@ -234,22 +234,29 @@ class Epochs(Stepper):
         "A generator for looking at the model, so that training does not depend on it."
         return torch.Generator(device=self.device).manual_seed(derive_seed(self.seed, *what))
 
+    def batches(self):
+        "The batches of this epoch by number, in the data's own plan or by a permutation."
+        data = self.data
+        if (plan := data.plan(self.batch, self.generator, self.at_least)) is not None: return lambda i: data.batch(plan[i], self.generator)
+        order = torch.randperm(len(data.train), generator=self.generator, device=self.device)
+        part = lambda i: slice(i * self.batch, None if i == self.steps_per_epoch - 1 else (i + 1) * self.batch)
+        if data.binarise: return lambda i: data.batch(order[part(i)], self.generator)
+        ahead = data.train[order]           # one gather for the epoch, where nothing is drawn anew
+        return lambda i: ahead[part(i)]
+
     def _run_epoch(self, deadline: float = math.inf) -> bool:
         "The batches of this epoch from `batch_index` on; False when the deadline came first."
         if self.batch_index == 0: self.reseed(); self.sums = EpochSums()
         state = self.generator.get_state()
         if self.batch_index: self.generator.manual_seed(derive_seed(self.seed, "epoch", self.epoch))
-        order = torch.randperm(len(self.data.train), generator=self.generator, device=self.device)
+        batches = self.batches()
         if self.batch_index: self.generator.set_state(state)
         self.model.train(); self.methods.train()
         step = next((m.train_step for m in self.methods if m.train_step is not None), None)
-        ahead = None if self.data.binarise else self.data.train[order]      # one gather for the epoch, where nothing is drawn anew
         while self.batch_index < self.steps_per_epoch:
             if self.device.type == "cuda": torch.compiler.cudagraph_mark_step_begin()
             if self.recipe.watch and self.step % self.recipe.watch == 0: self.watch()
-            i, last = self.batch_index, self.batch_index == self.steps_per_epoch - 1
-            part = slice(i * self.batch, None if last else (i + 1) * self.batch)
-            x = self.data.batch(order[part], self.generator) if ahead is None else ahead[part]
+            last, x = self.batch_index == self.steps_per_epoch - 1, batches(self.batch_index)
             loss = self.sums.add(step(self, x) if step else self.plain_step(x), len(x))
             self.step += 1; self.batch_index += 1
             if self.device.type != "cpu": pass
@@ -341,7 +348,7 @@ def step_flops(trainer) -> int:
     model, methods = copy.deepcopy((trainer.model, trainer.methods))
     x = trainer.data.batch(torch.arange(trainer.batch, device=trainer.device), trainer.eye("flops"))
     with FlopCounterMode(display=False) as counter:
-        objective(model.train(), methods.train(), x, Ctx(draw=randn_draw(trainer.eye("flops"), trainer.data.train)))[0].backward()
+        objective(model.train(), methods.train(), x, Ctx(draw=randn_draw(trainer.eye("flops"), trainer.model.prior_mean)))[0].backward()
     return counter.get_total_flops()
 
 def throughput(trainer, card: str = "") -> dict:

@@ -133,7 +133,7 @@ def starting_codes(
             raise ValueError(f"start as a tensor is [S, N, D] with N={n}, D={len(prior.mean)}, got {tuple(start.shape)}")
         if not torch.isfinite(start).all(): raise ValueError("start has values that are not finite")
         return start.detach().to(prior.mean, copy=True)
-    if start == "encoder": return encode_all(model, x).mean[None].clone()
+    if start == "encoder": return encode_all(model, x.to(prior.mean)).mean[None].clone()
     if start != "prior": raise unknown("start", start, ("prior", "encoder"))
     if starts < 1: raise ValueError(f"starts must be at least 1, got {starts}")
     return prior.rsample(noise((starts, n, len(prior.mean)), prior.mean, generator))
