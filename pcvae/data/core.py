@@ -20,8 +20,8 @@ from ..checks import check_params, unknown
 
 # %% ../../nbs/01_data/00_core.ipynb #09a642f5
 def _check_split(where: str, x: Tensor, shape: tuple):
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{where}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.long):
+        raise TypeError(f"{where}: expected a float tensor, or int64 for tokens, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim < 2 or len(x) == 0: raise ValueError(f"{where}: is empty or has no item dimension, shape {tuple(x.shape)}; expected [N, ...] with N > 0")
     if tuple(x.shape[1:]) != shape: raise ValueError(f"{where}: items of shape {tuple(x.shape[1:])}, but train has {shape}")
     if bad := int((~torch.isfinite(x)).sum()): raise ValueError(f"{where}: {bad} values are NaN or infinite; clean the data first")
@@ -67,10 +67,18 @@ class Dataset:
         x = self.train[idx]
         return torch.bernoulli(x, generator=generator) if self.binarise else x
 
+    def plan(self, batch: int, generator=None, at_least: int = 1) -> list | None:
+        "The batches of an epoch as index tensors, for data that must not be batched anyhow (text); None: a permutation cut into equal parts."
+
+    def n_batches(self, batch: int, at_least: int = 1) -> int:
+        "Batches in an epoch; a last one smaller than `at_least` joins the one before."
+        n = len(self.train)
+        return -(-n // batch) - ((n - 1) % batch + 1 < at_least)
+
     def to(self, device, dtype=None):
-        "The same data on `device`, floats as `dtype`."
-        return replace(self, train=self.train.to(device, dtype), valid=self.valid.to(device, dtype), test=self.test.to(device, dtype),
-                       labels={k: y.to(device) for k, y in self.labels.items()})
+        "The same data on `device`, floats as `dtype`; tokens stay integers."
+        move = lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device)
+        return replace(self, train=move(self.train), valid=move(self.valid), test=move(self.test), labels={k: y.to(device) for k, y in self.labels.items()})
 
 # %% ../../nbs/01_data/00_core.ipynb #4eee9f0c
 def bernoulli_once(p: np.ndarray, # probabilities, any shape
