@@ -115,11 +115,12 @@ def self_critic_loss(
     z: Tensor,          # codes [B, D], one of each posterior
     q: DiagGaussian     # posteriors [B, D]
 ) -> Tensor:
-    "-mean_i log q(z_i|x_i) / sum_j q(z_i|x_j), in nats (equation 4)."
+    "-mean_i log q(z_i|x_i) / sum_j q(z_i|x_j), in nats (equation 4); computed in float64, answered in the dtype of `z`."
     if z.ndim != 2 or z.shape != q.shape:
         raise ValueError(f"z and the posteriors must both have shape [B, D], got {tuple(z.shape)} and {tuple(q.shape)}")
     _check_batch(len(z))
-    return _SelfCritic.apply(*_pair_terms(z, q), q.log_prob(z))[0]
+    z64, q64 = z.double(), q.to(torch.float64)
+    return _SelfCritic.apply(*_pair_terms(z64, q64), q64.log_prob(z64))[0].to(z.dtype)
 
 # %% ../nbs/05_critics.ipynb #9f3a6327
 def _check_weight(critic: Method, weight: float):

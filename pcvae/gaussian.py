@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_gaussian.ipynb #eb916203
+# %% ../nbs/00_gaussian.ipynb #460f3580
 LOG_2PI = math.log(2 * math.pi)
 
+# %% ../nbs/00_gaussian.ipynb #eb916203
 class DiagGaussian:
     "A batch of Gaussians with diagonal covariance: `mean` and `logvar`, both [..., D]."
     def __init__(self, mean: Tensor, logvar: Tensor):
@@ -46,13 +47,11 @@ class DiagGaussian:
     def sample(self, n: int | None = None, generator=None) -> Tensor:
         "One draw of each Gaussian, or `n` draws stacked in front: [n, ..., D]. No gradient."
         shape = self.shape if n is None else (n, *self.shape)
-        with torch.no_grad():
-            return self.rsample(torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device))
+        with torch.no_grad(): return self.rsample(torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device))
 
     def log_prob_dims(self, z: Tensor) -> Tensor:
         "log-density per dimension, [..., D]."
         return -0.5 * ((z - self.mean) ** 2 * (-self.logvar).exp() + self.logvar + LOG_2PI)
-
     def log_prob(self, z: Tensor) -> Tensor:
         "log-density of `z`, summed over dimensions, in nats."
         return self.log_prob_dims(z).sum(-1)

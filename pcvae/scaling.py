@@ -91,6 +91,10 @@ def _check_settings(des_std, f_epochs, average, ddof, min_batch_record) -> None:
     if ddof not in (0, 1): raise ValueError(f"ScaleUp: ddof must be 0 or 1, got {ddof!r}")
     if min_batch_record < 2: raise ValueError(f"ScaleUp: a spread needs two items, so min_batch_record must be at least 2, got {min_batch_record!r}")
 
+def _check_others(methods) -> None:
+    if any(getattr(m, "constant_mean", False) for m in methods):
+        raise ValueError("ScaleUp with BatchNormMean(gamma=0): the means are the same for all x and have no spread to scale; use gamma > 0 or drop one of them")
+
 # %% ../nbs/06_scaling.ipynb #2da7ff1d
 class ScaleUp(Method):
     "Scale-VAE (Song et al. 2024): the decoder is fed `f * mean`, the KL is charged on `mean` (equations 3 and 4)."
@@ -114,9 +118,7 @@ class ScaleUp(Method):
         self.register_buffer("f", one)                                              # average factor of the last full epoch
         self.register_buffer("stds", -one.expand(self.window, -1).clone())          # of this epoch's batches; -1 where there is none
 
-    def check(self, methods):
-        if any(getattr(m, "constant_mean", False) for m in methods):
-            raise ValueError("ScaleUp with BatchNormMean(gamma=0): the means are the same for all x and have no spread to scale; use gamma > 0 or drop one of them")
+    def check(self, methods): _check_others(methods)
 
     def factor(self) -> Tensor:
         "The factor used in evaluation, [D]: average over the batches of this epoch so far; at the start of an epoch that of the one before."
@@ -133,7 +135,6 @@ class ScaleUp(Method):
         return self.des_std / std.clamp(min=LEAST_STD) if ctx.epoch < self.f_epochs else self.f
 
     def feed(self, q: DiagGaussian, b) -> DiagGaussian: return DiagGaussian(self._factor(q.mean, b.ctx) * q.mean, q.logvar)
-
     def on_epoch_end(self, trainer):
         _check_spread(self.stds, trainer.epoch + 1)
         self.f.copy_(self.factor())

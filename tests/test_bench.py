@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pcvae import bench, cli
-from pcvae.bench import BUSY, COLUMNS, PATHS, agree, broadcast_critic, broadcast_log_aggregate, judge, main, run_bench, same_counts, trained_like
+from pcvae.bench import (BUSY, COLUMNS, PATHS, SMALL_PIXELCNN, agree, agree_where_alive, broadcast_critic, broadcast_log_aggregate, judge, main, noise_for, pixel_loss,
+                         plain_pixel_loss, run_bench, same_counts, trained_like, warm_pixelcnn, wrong_pixels)
 from pcvae.critics import self_critic_loss
 from pcvae.gaussian import log_aggregate
 
@@ -73,6 +74,52 @@ def test_one_item_more_is_noticed():
     assert same_counts(counts, dict(density=6 / 8, coverage=3 / 4), m=4, k=2)[0]
     assert not same_counts(counts, dict(density=7 / 8, coverage=3 / 4), m=4, k=2)[0]
     assert not same_counts(counts, dict(density=6 / 8, coverage=4 / 4), m=4, k=2)[0]
+
+
+def test_the_plain_pixelcnn_has_the_default_layout_throughout():
+    "Else the yardstick would share the layout that it is to be compared with."
+    vae, x, z = warm_pixelcnn(4, **SMALL_PIXELCNN)
+    for loss, form, fmt in ((plain_pixel_loss, bench.dense_form(vae.decoder), torch.contiguous_format), (pixel_loss, vae.decoder, torch.channels_last)):
+        hooks = [m.register_forward_hook(lambda m, i, out: seen.append(out.is_contiguous(memory_format=fmt))) for m in form.net.blocks]
+        seen = []
+        value = loss(form, z, x)
+        assert len(seen) == 3 and all(seen)
+        for h in hooks: h.remove()
+    assert value > 1
+
+
+def test_a_wrong_pixelcnn_gradient_is_noticed_and_a_dead_one_too():
+    g = torch.Generator().manual_seed(0)
+    kernel = torch.randn(3, 2, 2, 3, generator=g)
+    whole = torch.cat([kernel, torch.zeros(3, 2, 1, 3)], 2)
+    loss, bias = torch.tensor(2.), torch.randn(4, generator=g)
+    assert agree_where_alive([loss, kernel, bias], [loss, whole, bias], 1e-4)[0]
+    dead = whole.clone(); dead[0, 0, 2, 1] = 1e-6
+    assert agree_where_alive([loss, kernel, bias], [loss, dead, bias], 1e-4) == (False, "a dead weight has a gradient")
+    live = whole.clone(); live[0, 0, 1, 1] += 0.1
+    assert not agree_where_alive([loss, kernel, bias], [loss, live, bias], 1e-4)[0]
+    assert not agree_where_alive([loss, kernel, bias * float("nan")], [loss, whole, bias], 1e-4)[0]
+
+
+@pytest.mark.parametrize("kind", ["resid13", "plain"])
+def test_one_pass_over_the_finished_images_decides_as_all_passes_do(kind):
+    vae, _, z = warm_pixelcnn(6, **{**SMALL_PIXELCNN, "kind": kind})
+    eps, decoder = noise_for(z, 8), vae.eval().decoder
+    naive = bench.generate_naive(decoder, z, lambda shape: eps)
+    assert 0 < naive.mean() < 1 and wrong_pixels(decoder, z, eps, naive) == 0
+    assert torch.equal(decoder.generate(z, lambda shape: eps), naive)
+    for i in range(64):
+        images = naive.flatten(1).clone()
+        images[0, i] = 1 - images[0, i]
+        assert wrong_pixels(decoder, z, eps, images.view_as(naive)) > 0
+
+
+def test_sampling_that_differs_on_small_images_alone_is_noticed(small, monkeypatch):
+    job = bench.pixelcnn_sampling(**TINY["pixelcnn_sampling"])
+    assert job.equal(job.ours(), None)[0] and job.share == 1 / 64
+    monkeypatch.setattr(bench, "generate_naive", lambda *a, f=bench.generate_naive: 1 - f(*a))
+    equal, found = job.equal(job.ours(), None)
+    assert not equal and "small images differ" in found
 
 
 # --- verdict and exit status --------------------------------------------------------------------------------------------

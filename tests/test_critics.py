@@ -120,6 +120,57 @@ def test_self_critic_with_codes_at_the_wrong_posterior():
     z.requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(self_critic_loss(z, q), z), torch.autograd.grad(broadcast(z, q), z))
 
+def overlapping(std, n=64, dim=4, offset=0.):
+    "Codes, means and log-variances (float32 values) of narrow posteriors, each with a partner two standard deviations away."
+    mean, logvar, eps = made_up(n, dim, 1., std)
+    mean[1::2] = mean[::2] + 2 * std * eps[::2]
+    mean, logvar = (mean + offset).float(), logvar.float()
+    return DiagGaussian(mean, logvar).rsample(eps.float()), mean, logvar
+
+def in_all_inputs(fn, z, mean, logvar):
+    inputs = [t.clone().requires_grad_() for t in (z, mean, logvar)]
+    loss = fn(inputs[0], DiagGaussian(*inputs[1:]))
+    return loss.detach(), torch.autograd.grad(loss, inputs)
+
+@pytest.mark.parametrize("n, dim", [(64, 1), (64, 4), (50, 32)])
+@pytest.mark.parametrize("std", [1., 0.08, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_self_critic_of_narrow_overlapping_posteriors_in_float32(std, n, dim):
+    case = overlapping(std, n, dim)
+    want, exact = in_all_inputs(broadcast, *(t.double() for t in case))
+    loss, got = in_all_inputs(self_critic_loss, *case)
+    bound = 1e-3 if std < 3e-6 else 1e-4                            # float64 has lost 12 of its 16 digits there
+    assert loss.dtype == torch.float32 and abs(loss - want) < bound * max(1., want)
+    if dim < 32: assert want > 0.1                                  # there is something to get wrong
+    for g, e in zip(got, exact):
+        assert g.dtype == torch.float32 and torch.isfinite(g).all()
+        if want > 1e-6: assert (g - e).abs().max() < 10 * bound * e.abs().max()
+        else: assert g.abs().max() < 1e-3 / std
+
+@pytest.mark.parametrize("offset", [5., -300.])
+def test_self_critic_of_narrow_posteriors_far_from_the_origin(offset):
+    case = overlapping(1e-3, offset=offset)
+    want, exact = in_all_inputs(broadcast, *(t.double() for t in case))
+    loss, got = in_all_inputs(self_critic_loss, *case)
+    assert abs(loss - want) < 1e-4 * max(1., want)
+    for g, e in zip(got, exact): assert (g - e).abs().max() < 1e-3 * e.abs().max()
+
+def test_self_critic_of_a_few_narrow_dimensions_among_wide_ones():
+    mean, logvar, eps = made_up(80, 6, 1., 0.5)
+    logvar[:, :2] -= 24.                                            # std 3e-6
+    mean[1::2, :2] = mean[::2, :2] + 1e-6
+    mean, logvar = mean.float(), logvar.float()
+    case = DiagGaussian(mean, logvar).rsample(eps.float()), mean, logvar
+    want, exact = in_all_inputs(broadcast, *(t.double() for t in case))
+    loss, got = in_all_inputs(self_critic_loss, *case)
+    assert want > 0.02 and abs(loss - want) < 1e-4
+    for g, e in zip(got, exact): assert (g - e).abs().max() < 1e-3 * e.abs().max()
+
+def test_self_critic_of_variances_below_float32():
+    "exp(-logvar) overflows float32 there; the loss of posteriors that are far apart is 0 all the same, and its gradient finite."
+    q = DiagGaussian(torch.arange(8.)[:, None].expand(8, 2), torch.full((8, 2), -95.))
+    loss, got = in_all_inputs(self_critic_loss, q.mean.clone(), q.mean, q.logvar)
+    assert loss == 0 and all(torch.isfinite(g).all() for g in got)
+
 def test_self_critic_extremes():
     same = DiagGaussian(torch.zeros(50, 3), torch.zeros(50, 3))
     assert self_critic_loss(same.sample(generator=gen()), same).item() == pytest.approx(math.log(50), abs=1e-5)

@@ -8,6 +8,7 @@ import torch
 
 import pcvae.critics, pcvae.inference, pcvae.neighbors, pcvae.scaling, pcvae.schedules  # noqa: F401  registers the methods
 from pcvae.data import load
+from pcvae.data.core import Dataset
 from pcvae.method import Ctx, Trained, make_method, objective, randn_draw
 from pcvae.metrics.likelihood import nll_iw_all
 from pcvae.models import build_model
@@ -144,6 +145,45 @@ def test_interface_of_a_vae():
     assert nll.shape == (5,) and torch.isfinite(nll).all()
     for bad, message in ((torch.full((2, 1, 8, 8), 255.), r"x in \[0, 1\]"), (torch.zeros(2, 3, 8, 8), "shape"), (torch.zeros(2, 1, 9, 8), "shape")):
         with pytest.raises(ValueError, match=message): vae.check(bad)
+
+
+@pytest.mark.parametrize("name, kw", [("pixelcnn", ENCODER), ("pixelcnn", {**ENCODER, **KINDS["gated12"]}), ("mlp", dict(x_dim=16)), ("conv", {})])
+@pytest.mark.parametrize("latent_dim", [0, -1])
+def test_no_latent_dimension_is_refused(name, kw, latent_dim):
+    with pytest.raises(ValueError, match=f"latent_dim must be at least 1, got {latent_dim}"): build_model(name, **kw, latent_dim=latent_dim)
+
+
+@pytest.mark.parametrize("kw, message", [(dict(image_size=1), "image_size must be at least 2, got 1"), (dict(image_size=4, encoder_channels=(4, 4, 4)), "too small for 3 blocks"),
+                                         (dict(channels=0), "channels=0"), (dict(maps=0), "maps=0"), (dict(kernels=(4, 3, 3)), "odd size of 3 or more, got 4")])
+def test_sizes_that_no_network_can_have(kw, message):
+    with pytest.raises(ValueError, match=message): build_model("pixelcnn", latent_dim=3, **{**ENCODER, **KINDS["plain"], **kw})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_the_decoder_cannot_take(kind):
+    vae, z = network(kind), torch.zeros(2, 3)
+    for shape in ((2, 1, 9, 9), (2, 3, 8, 8), (2, 1, 8, 9), (2, 64)):
+        x = torch.zeros(shape)
+        with pytest.raises(ValueError, match="shape"): vae.check(x)
+        with pytest.raises(ValueError, match=r"takes images of shape \(1, 8, 8\)"): vae.decode(z, x)
+
+
+@pytest.mark.parametrize("name, kw, shape", [("pixelcnn", {**ENCODER, **KINDS["plain"], "latent_dim": 3}, (4, 1, 8, 8)), ("mlp", dict(x_dim=6, latent_dim=2, likelihood="bernoulli"), (4, 6)),
+                                             ("conv", dict(width=2, likelihood="bernoulli"), (4, 1, 28, 28))])
+def test_pixels_outside_0_and_1_are_refused_before_training(name, kw, shape):
+    ok = torch.full(shape, 0.5)
+    for bad in (1.01, -0.01, 255., float("nan")):
+        x = ok.clone(); x.view(-1)[3] = bad
+        model = build_model(name, **kw)
+        with pytest.raises(ValueError, match="not finite" if bad != bad else r"x in \[0, 1\]"): model.check(x)
+        if bad == bad:
+            with pytest.raises(ValueError, match=r"x in \[0, 1\]"): Trainer(model, [], Dataset("d", x, ok, ok), Recipe(epochs=1, batch=2)).fit()
+            with pytest.raises(ValueError, match=r"binarise=True needs pixels in \[0, 1\]"): Dataset("d", x, ok.round(), ok.round(), binarise=True)
+
+
+def test_a_trainer_refuses_images_of_another_size():
+    x = torch.zeros(6, 1, 9, 9)
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\).*\(1, 9, 9\)"): Trainer(network("plain"), [], Dataset("d", x, x, x), Recipe(epochs=1, batch=3)).fit()
 
 
 @functools.cache

@@ -126,6 +126,7 @@ def _checked(nll: Tensor, name: str) -> Tensor:
                                   "look for values in x that are not finite or outside the likelihood's support, and for a diverged model")
     return nll
 
+# %% ../../nbs/10_metrics/00_likelihood.ipynb #56766ddb
 def nll_iw(
     model,                  # has encode, log_prob, prior and perhaps priors
     x: Tensor,              # items, [N, ...]

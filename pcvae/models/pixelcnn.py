@@ -49,7 +49,7 @@ class CausalConv2d(nn.Module):
         self.register_buffer("mask", causal_mask(kernel, centre)[:self.m + 1], persistent=False)
 
     def extra_repr(self): return f"{self.weight.shape[1]}, {self.weight.shape[0]}, kernel={self.kernel}, centre={self.centre}"
-    def forward(self, x: Tensor) -> Tensor: return F.conv2d(F.pad(x, (self.m, self.m, self.m, 0)), self.weight * self.mask)
+    def forward(self, x: Tensor) -> Tensor: return F.conv2d(F.pad(x, (0, 0, self.m, 0)), self.weight * self.mask, padding=(0, self.m))
 
     def dense(self) -> DenseMaskedConv2d:
         "The same function as equation (2) writes it."
