@@ -33,7 +33,7 @@ def methods(scale: str, epochs: int | None = None) -> dict:
     "label -> methods: the 19 rows of Table 1. The KL weight rises over the first tenth of the training."
     rise = (epochs or recipe(scale).epochs) / 10
     warm = lambda end=1.: LinearWarmup(rise, start=0.1, end=end)
-    slow = {"full": Aggressive()}.get(scale, Aggressive(look_every=50, max_epochs=8) if scale == "small" else Aggressive(max_inner=30, look_every=20, max_epochs=6))
+    slow = {"full": Aggressive()}.get(scale, Aggressive(look_every=50, max_epochs=8) if scale == "small" else Aggressive(max_inner=30, look_every=10, max_epochs=6))
     return {"VAE no anneal": [], "VAE": [warm()], "Aggressive": [warm(), slow], "Aggr. no anneal": [slow],
             **{f"beta-VAE({b})": [warm(b)] for b in (0.9, 0.8, 0.7, 0.6, 0.5)},
             "NE-VAE se": [warm(), NeighborEmbedding("se")],
@@ -49,8 +49,8 @@ def data(scale: str) -> dict: return {"name": "omniglot"} if scale in ("small", 
 def evaluation(scale: str, label: str = "", seed: int = 0) -> dict:
     "How a run is judged; some models are also walked through and searched."
     samples, items = {"smoke": (2, 20), "quick": (20, 500), "small": (50, 500), "full": (100, 1000)}[scale]
-    lso = {"smoke": dict(n=2, starts=1, lr=1e-2, every=2, max_iterations=4), "quick": dict(n=20, starts=3, lr=1e-2, every=20, max_iterations=1000),
-           "small": dict(n=20, starts=3, lr=1e-2, every=20, max_iterations=2000), "full": {}}[scale]
+    lso = {"smoke": dict(n=2, starts=1, lr=1e-2, every=2, max_iterations=4), "quick": dict(n=10, starts=3, lr=1e-2, every=20, max_iterations=600),
+           "small": dict(n=16, starts=3, lr=1e-2, every=20, max_iterations=1600), "full": {}}[scale]
     probes = ({"walks": {}} if label in WALKED else {}) | ({"search": lso} if label in SEARCHED and seed == 0 else {})
     return dict(n_samples=samples, n_nll=items, as_published={"batch": 50, "samples": False, "nll": False}) | ({"probes": probes} if probes else {})
 
@@ -69,7 +69,7 @@ def table1(scale: str = "quick", seeds=None) -> Study:
 @study(PAPER, "table2")
 def table2(scale: str = "quick", seeds=None) -> Study:
     "Active units for other numbers of latent dimensions."
-    dims = {"full": (8, 16, 64), "small": (8, 64), "smoke": (4,)}.get(scale, (4, 32))
+    dims = {"full": (8, 16, 64), "smoke": (8,)}.get(scale, (8, 64))
     make = lambda label, d, s: Run(data(scale), network(scale) | {"latent_dim": d}, methods(scale)[label], recipe(scale), evaluation(scale), s, scale)
     labels = ("VAE",) if scale == "smoke" else ("VAE", "Aggressive", "NE-VAE se")
     return Study(PAPER, "table2", scale, {f"{l}, {d}": [make(l, d, s) for s in seeds or (0,)] for l in labels for d in dims}, note(scale))
