@@ -97,6 +97,7 @@ def _describe_method(m) -> dict:
 def _hash(description) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../nbs/12_studies.ipynb #ead29a06
 @dataclass(frozen=True, eq=False)
 class Run:
     "What to train and how to evaluate it. Equal descriptions have equal ids."
@@ -159,6 +160,7 @@ def write_row(path: Path, row: dict) -> None:
                       "make room and run the same command again") from e
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../nbs/12_studies.ipynb #ec8fba63
 def read_row(path: str | Path, run: Run | None = None) -> dict:
     "A row that is whole, of this format, and the result of `run` where that is given."
     path, remedy = Path(path), "delete the file and run the study again to make it anew"
@@ -325,6 +327,7 @@ class Study:
                             **{k: row["env"].get(k) for k in ("cpu_seconds", "train_seconds", "device", "device_name", "commit")}})
         return pd.DataFrame(out)
 
+# %% ../nbs/12_studies.ipynb #0c69d95c
 def run_study(
     study: Study,
     executor=None,                  # any concurrent.futures.Executor; none: one run after another in this process

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'OPTIMIZERS', 'PEAK_FLOPS', 'Recipe', 'derive_seed', 'Diverged', 'parameter_groups', 'EpochSums', 'validate',
-           'look', 'batch_sizes', 'make_optimizer', 'Stepper', 'Saved', 'Epochs', 'compiled', 'Trainer', 'step_flops',
-           'throughput', 'train']
+           'look', 'batch_sizes', 'make_optimizer', 'clipped_step', 'Stepper', 'Saved', 'epoch_batches', 'Epochs',
+           'compiled', 'Trainer', 'step_flops', 'throughput', 'train']
 
 # %% ../nbs/11_training.ipynb #1b4ff85a
 import contextlib
@@ -137,6 +137,19 @@ def make_optimizer(recipe: Recipe, model, methods):
     return kind(parameter_groups(model, methods, recipe.weight_decay), lr=recipe.lr, **fused)
 
 # %% ../nbs/11_training.ipynb #e7822309
+def clipped_step(optimizer, total: Tensor, clip: float, lr: float, only=None) -> None:
+    "Backward, joint clipping, then a step of all groups or of those named in `only`."
+    for g in optimizer.param_groups:
+        for p in g["params"]: p.grad = None
+    total.backward()
+    if clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    for g in optimizer.param_groups:
+        g["lr"] = lr
+        if only and g["name"] not in only:
+            for p in g["params"]: p.grad = None
+    optimizer.step()
+
+# %% ../nbs/11_training.ipynb #a525544e
 class Stepper:
     "A copy of `model` with copies of `methods`, ready for optimiser steps on `data`."
     def __init__(self, model, methods, data: Dataset, recipe: Recipe = Recipe(), seed: int = 0, device="cpu"):
@@ -173,17 +186,8 @@ class Stepper:
         return self.recipe.lr * self.lr_scale * (min(1., left / self.recipe.decay) if self.recipe.decay else 1.)
 
     def update(self, total: Tensor, only=None) -> None:
-        "Backward, joint clipping, then a step of all groups or of those named in `only`."
-        groups = self.optimizer.param_groups
-        for g in groups:
-            for p in g["params"]: p.grad = None
-        total.backward()
-        if self.recipe.clip: nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], self.recipe.clip)
-        for g in groups:
-            g["lr"] = self.lr()
-            if only and g["name"] not in only:
-                for p in g["params"]: p.grad = None
-        self.optimizer.step()
+        "A step of all groups, or of those named in `only`."
+        clipped_step(self.optimizer, total, self.recipe.clip, self.lr(), only)
 
     def plain_step(self, x: Tensor) -> dict:
         total, parts = objective(self.model, self.methods, x, self.ctx())
@@ -222,6 +226,16 @@ class Saved:
         self.generator.set_state(s["generator"].cpu()); torch.set_rng_state(s["global"].cpu())
 
 # %% ../nbs/11_training.ipynb #29d7514d
+def epoch_batches(data: Dataset, batch: int, n: int, at_least: int, generator):
+    "The n batches of an epoch by number: in the data's own plan, or by a permutation."
+    if (plan := data.plan(batch, generator, at_least)) is not None: return lambda i: data.batch(plan[i], generator)
+    order = torch.randperm(len(data.train), generator=generator, device=data.train.device)
+    part = lambda i: slice(i * batch, None if i == n - 1 else (i + 1) * batch)
+    if data.binarise: return lambda i: data.batch(order[part(i)], generator)
+    ahead = data.train[order]               # one gather for the epoch, where nothing is drawn anew
+    return lambda i: ahead[part(i)]
+
+# %% ../nbs/11_training.ipynb #f1fe970e
 class Epochs(Stepper):
     "What is added for an epoch: its batches, their sums, and where it stands."
     def __init__(self, model, methods, data: Dataset, recipe: Recipe = Recipe(), seed: int = 0, device="cpu"):
@@ -234,22 +248,12 @@ class Epochs(Stepper):
         "A generator for looking at the model, so that training does not depend on it."
         return torch.Generator(device=self.device).manual_seed(derive_seed(self.seed, *what))
 
-    def batches(self):
-        "The batches of this epoch by number, in the data's own plan or by a permutation."
-        data = self.data
-        if (plan := data.plan(self.batch, self.generator, self.at_least)) is not None: return lambda i: data.batch(plan[i], self.generator)
-        order = torch.randperm(len(data.train), generator=self.generator, device=self.device)
-        part = lambda i: slice(i * self.batch, None if i == self.steps_per_epoch - 1 else (i + 1) * self.batch)
-        if data.binarise: return lambda i: data.batch(order[part(i)], self.generator)
-        ahead = data.train[order]           # one gather for the epoch, where nothing is drawn anew
-        return lambda i: ahead[part(i)]
-
     def _run_epoch(self, deadline: float = math.inf) -> bool:
         "The batches of this epoch from `batch_index` on; False when the deadline came first."
         if self.batch_index == 0: self.reseed(); self.sums = EpochSums()
         state = self.generator.get_state()
         if self.batch_index: self.generator.manual_seed(derive_seed(self.seed, "epoch", self.epoch))
-        batches = self.batches()
+        batches = epoch_batches(self.data, self.batch, self.steps_per_epoch, self.at_least, self.generator)
         if self.batch_index: self.generator.set_state(state)
         self.model.train(); self.methods.train()
         step = next((m.train_step for m in self.methods if m.train_step is not None), None)

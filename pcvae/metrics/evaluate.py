@@ -72,11 +72,13 @@ def feature_space(features, x: Tensor, train: Tensor):
 def _likelihoods(model, x, q, priors, n_samples, chunk, generator) -> dict:
     nll = nll_iw_all(model, x, priors, n_samples, generator=generator, chunk=chunk, q=q)
     row = {"nll" if name == "standard" else f"nll_{name}": float(v.double().mean()) for name, v in nll.items()}
-    return row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(n_samples), "nll_items": float(len(x))}
+    return nll["standard"], row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(n_samples), "nll_items": float(len(x))}
 
 def _elbo(model, x, q, charged, batch, generator) -> dict:
-    rec, kl, fed = (float(v.double().sum(0).sum()) / len(x) for v in neg_elbo_parts(model, x, generator, q=q, charged=charged, batch=batch).values())
-    return {"rec": rec, "kl": kl, "kl_fed": fed, "neg_elbo": rec + fed, "objective": rec + kl}
+    parts = list(neg_elbo_parts(model, x, generator, q=q, charged=charged, batch=batch).values())
+    rec, kl, fed = (float(v.double().sum(0).sum()) / len(x) for v in parts)
+    items = parts[0].double() + parts[2].double().flatten(1).sum(1)
+    return items, {"rec": rec, "kl": kl, "kl_fed": fed, "neg_elbo": rec + fed, "objective": rec + kl}
 
 def _codes(q, charged, pool, generator) -> dict:
     mi = mutual_information(q[pool], generator=generator)
@@ -144,8 +146,10 @@ def evaluate(
     charged, q = encode_both(model, x, batch)
     few, pool = (some(len(x), n, seed, name).to(device) for n, name in ((n_nll, "nll items"), (n_pool, "pool")))
     priors = named_priors(model) | {"matched": fit_prior(model, train, batch)}
-    row = _likelihoods(model, x[few], q[few], priors, n_samples, chunk, gen("nll"))
-    row |= _elbo(model, x, q, charged, batch, gen("elbo")) | _codes(q, charged, pool, gen("mi")) | _reencode(model, x, q, some(len(x), n_sample, seed, "reencode sample").to(device), batch, gen)
+    nll, row = _likelihoods(model, x[few], q[few], priors, n_samples, chunk, gen("nll"))
+    bound, parts = _elbo(model, x, q, charged, batch, gen("elbo"))
+    if len(few) < len(x): row |= {"nll_whole": float(bound.mean() - (bound[few] - nll.double()).mean()), "nll_whole_se": standard_error(bound[few] - nll)}
+    row |= parts | _codes(q, charged, pool, gen("mi")) | _reencode(model, x, q, some(len(x), n_sample, seed, "reencode sample").to(device), batch, gen)
     row["kl_dims"] = (q.kl(model.prior).double().sum(0) / len(x)).tolist()
     row |= _published(model, x[few], n_samples, gen("published"))
     row["gap"] = decoder_use_gap(model, x, gen("gap"), q=q, batch=batch)

@@ -48,7 +48,7 @@ def data(scale: str) -> dict: return {"name": "omniglot"} if scale in ("small", 
 
 def evaluation(scale: str, label: str = "", seed: int = 0) -> dict:
     "How a run is judged; some models are also walked through and searched."
-    samples, items = {"smoke": (2, 20), "quick": (20, 500), "small": (50, 500), "full": (100, 1000)}[scale]
+    samples, items = {"smoke": (2, 20), "quick": (20, 200), "small": (50, 500), "full": (100, 1000)}[scale]
     lso = {"smoke": dict(n=2, starts=1, lr=1e-2, every=2, max_iterations=4), "quick": dict(n=10, starts=3, lr=1e-2, every=20, max_iterations=600),
            "small": dict(n=16, starts=3, lr=1e-2, every=20, max_iterations=1600), "full": {}}[scale]
     probes = ({"walks": {}} if label in WALKED else {}) | ({"search": lso} if label in SEARCHED and seed == 0 else {})
