@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROBES', 'SCALES', 'FORMAT', 'STUDIES', 'pack_pictures', 'unpack_pictures', 'walks', 'search', 'check_evaluation',
            'Run', 'RowError', 'row_path', 'write_row', 'read_row', 'project_root', 'process_pool', 'default_device',
-           'environment', 'constant_references', 'keep_memory', 'prepare', 'judged', 'execute', 'Study', 'run_study',
-           'study', 'get_study']
+           'environment', 'constant_references', 'keep_memory', 'prepare', 'judged', 'execute', 'trained', 'Study',
+           'run_study', 'study', 'get_study']
 
 # %% ../nbs/12_studies.ipynb #4e5b5a64
 import base64
@@ -299,6 +299,13 @@ def execute(run: Run, paper: str, results="results", work="runs/state", device: 
         return row
     finally:
         torch.set_num_threads(threads); torch.set_flush_denormal(False)
+
+# %% ../nbs/12_studies.ipynb #6497758b
+def trained(run: Run, work: str | Path = "runs/state", device: str = "cpu") -> tuple:
+    "The trained model of a run and its data: from the saved state in `work`, trained to the end first where that is not complete."
+    trainer = prepare(run, default_device(device))
+    if not trainer.fit(Path(work) / f"{run.train_id}.pt", tag=run.train_id): raise RuntimeError(f"the training of run {run.id} did not come to its end")
+    return trainer.view(), trainer.data
 
 # %% ../nbs/12_studies.ipynb #bfbfbbc0
 @dataclass(frozen=True)
