@@ -45,6 +45,8 @@ class Recipe:
     select: str = "last"        # which weights are evaluated: 'last', or 'best' by validation ELBO
     watch: int = 0              # batches between two looks at 1,000 validation items (`Trainer.look`); 0: none
     plateau: int = 0            # epochs without a better validation ELBO after which the learning rate is halved, from the best weights on; 0: never
+    plateau_from: int = 0       # epochs before which no plateau counts (a warm-up changes what is compared)
+    max_halvings: int = 0       # training ends with the plateau after so many halvings; 0: it runs for all epochs
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS: raise unknown("optimizer", self.optimizer, OPTIMIZERS)
@@ -197,7 +199,7 @@ class Stepper:
 # %% ../nbs/11_training.ipynb #9b8b0141
 class Saved:
     "Writing and reading the full state of a trainer."
-    PLAIN = ("epoch", "step", "batch_index", "history", "watched", "valid", "best", "lr_scale", "flat", "cpu_seconds", "seconds", "origin")
+    PLAIN = ("epoch", "step", "batch_index", "history", "watched", "valid", "best", "lr_scale", "flat", "ended", "cpu_seconds", "seconds", "origin")
 
     def state(self) -> dict:
         return {**{k: getattr(self, k) for k in self.PLAIN}, "sums": self.sums.sums,
@@ -242,7 +244,7 @@ class Epochs(Stepper):
         super().__init__(model, methods, data, recipe, seed, device)
         self.batch_index, self.history, self.watched, self.valid, self.best, self.flat = 0, [], [], {}, None, 0
         self.cpu_seconds = self.seconds = 0.    # process time and wall time of training, over all interruptions
-        self.origin, self.sums = {}, EpochSums()
+        self.origin, self.sums, self.ended = {}, EpochSums(), False     # ended: by its last plateau
 
     def eye(self, *what):
         "A generator for looking at the model, so that training does not depend on it."
@@ -313,11 +315,15 @@ class Trainer(Epochs, Saved):
             self.best = {"neg_elbo": loss, "epoch": self.epoch + 1, "model": copy.deepcopy(self.model.state_dict()), "methods": copy.deepcopy(self.methods.state_dict())}
             return
         self.flat += 1
-        if self.recipe.plateau and self.flat >= self.recipe.plateau:
-            self.flat, self.lr_scale = 0, self.lr_scale / 2
-            self.back_to_best()
-            self.optimizer = make_optimizer(self.recipe, self.model, self.methods)
+        r = self.recipe
+        if not r.plateau or self.flat < r.plateau or self.epoch < r.plateau_from: return
+        self.flat, self.lr_scale = 0, self.lr_scale / 2
+        self.back_to_best()
+        self.optimizer = make_optimizer(r, self.model, self.methods)
+        self.ended = bool(r.max_halvings) and self.lr_scale < 0.5 ** r.max_halvings
 
+    @property
+    def complete(self) -> bool: return self.ended or self.epoch >= self.n_epochs
     def back_to_best(self): self.model.load_state_dict(self.best["model"]); self.methods.load_state_dict(self.best["methods"])
 
     def fit(self, checkpoint: str | Path | None = None, deadline: float = math.inf, save_every: float = 5., progress: bool = False, tag: str = "") -> bool:
@@ -326,7 +332,7 @@ class Trainer(Epochs, Saved):
         if checkpoint and Path(checkpoint).exists(): self.load(checkpoint, tag)
         saved, bar = time.monotonic(), tqdm(total=self.n_epochs, initial=self.epoch, disable=not progress, leave=False, unit="epoch", desc=tag[:24])
         with compiled(self.model, mode="reduce-overhead") if self.device.type == "cuda" else contextlib.nullcontext(), contextlib.closing(bar):
-            while self.epoch < self.n_epochs:
+            while not self.complete:
                 cpu, wall = time.process_time(), time.monotonic()
                 done = self._run_epoch(deadline)
                 seconds = time.monotonic() - wall
@@ -334,11 +340,11 @@ class Trainer(Epochs, Saved):
                 if done:
                     self._end_epoch(seconds)
                     bar.update(); bar.set_postfix({k: f"{v:.3g}" for k, v in self.valid.items() if k in ("neg_elbo", "kl", "mi")})
-                out_of_time = time.monotonic() > deadline and self.epoch < self.n_epochs
-                if checkpoint and (out_of_time or self.epoch == self.n_epochs or time.monotonic() - saved >= save_every):
+                out_of_time = time.monotonic() > deadline and not self.complete
+                if checkpoint and (out_of_time or self.complete or time.monotonic() - saved >= save_every):
                     self.save(checkpoint, tag); saved = time.monotonic()
                 if out_of_time or not done: return False
-        if self.recipe.watch and self.watched[-1]["epoch"] < self.n_epochs: self.watch()
+        if self.recipe.watch and self.watched[-1]["epoch"] < self.epoch: self.watch()
         if self.recipe.select == "best": self.back_to_best()
         return True
 

@@ -14,6 +14,7 @@ import codecs, gzip, math, warnings, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,6 +161,7 @@ class TextData(Dataset):
 
     def batch(self, idx, generator=None) -> Tensor:
         "Training rows `idx`, without the columns in which all are padding. An index on the CPU costs a GPU no synchronisation."
+        idx = torch.as_tensor(idx)
         return self.train[idx.to(self.train.device, non_blocking=True)][:, :int(self._widths[idx.cpu()].max())]
 
     def cuts(self, batch: int, at_least: int = 1) -> list:
@@ -250,7 +252,7 @@ def text_data(name: str,
 # %% ../../nbs/01_data/03_text.ipynb #042ff9e0
 CENTRES = torch.tensor([[-2., -2.], [2., 2.], [-2., 2.], [2., -2.]], dtype=torch.float64)
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SentenceGenerator:
     "He et al.'s random network (equation 3): words are numbers from 0, the first is uniform."
     emb: Tensor       # [words, E]
