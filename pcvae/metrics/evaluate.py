@@ -69,10 +69,17 @@ def feature_space(features, x: Tensor, train: Tensor):
     if features is not None: return features
     return raw_features if x.dim() == 2 else PCAFeatures(train, min(32, x[0].numel()))
 
+def _nll(prior: str) -> str: return "nll" if prior == "standard" else f"nll_{prior}"
+
+def _whole(bound: Tensor, few: Tensor, nll: dict) -> dict:
+    "Each NLL of the items `few` carried over to all items, by its mean difference to the bound."
+    out = {f"{_nll(name)}_whole": float(bound.mean() - (bound[few] - v.double()).mean()) for name, v in nll.items()}
+    return out | {"nll_whole_se": standard_error(bound[few] - nll["standard"])}
+
 def _likelihoods(model, x, q, priors, n_samples, chunk, generator) -> dict:
     nll = nll_iw_all(model, x, priors, n_samples, generator=generator, chunk=chunk, q=q)
-    row = {"nll" if name == "standard" else f"nll_{name}": float(v.double().mean()) for name, v in nll.items()}
-    return nll["standard"], row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(n_samples), "nll_items": float(len(x))}
+    row = {_nll(name): float(v.double().mean()) for name, v in nll.items()}
+    return nll, row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(n_samples), "nll_items": float(len(x))}
 
 def _elbo(model, x, q, charged, batch, generator) -> dict:
     parts = list(neg_elbo_parts(model, x, generator, q=q, charged=charged, batch=batch).values())
@@ -148,7 +155,7 @@ def evaluate(
     priors = named_priors(model) | {"matched": fit_prior(model, train, batch)}
     nll, row = _likelihoods(model, x[few], q[few], priors, n_samples, chunk, gen("nll"))
     bound, parts = _elbo(model, x, q, charged, batch, gen("elbo"))
-    if len(few) < len(x): row |= {"nll_whole": float(bound.mean() - (bound[few] - nll.double()).mean()), "nll_whole_se": standard_error(bound[few] - nll)}
+    if len(few) < len(x): row |= _whole(bound, few, nll)
     row |= parts | _codes(q, charged, pool, gen("mi")) | _reencode(model, x, q, some(len(x), n_sample, seed, "reencode sample").to(device), batch, gen)
     row["kl_dims"] = (q.kl(model.prior).double().sum(0) / len(x)).tolist()
     row |= _published(model, x[few], n_samples, gen("published"))
