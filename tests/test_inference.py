@@ -117,7 +117,7 @@ def test_switch(monkeypatch):
 def test_phase_that_does_not_end_is_bounded_and_reported(monkeypatch):
     monkeypatch.setattr("pcvae.inference._mutual_information", lambda *a: current._now)
     current = m = Aggressive(max_epochs=3)
-    with pytest.warns(UserWarning, match=r"still on after max_epochs=3 epochs \(mutual information 3 nats, best 3, 0 of 5"):
+    with pytest.warns(UserWarning, match=r"still on after max_epochs=3 looks at the information \(now 3 nats, best 3, 0 of 5"):
         assert ends(m, [1., 2., 3.]) == [True, True, False]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

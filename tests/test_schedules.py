@@ -30,7 +30,7 @@ def test_warmup_of_no_epochs_is_over_at_once():
 def test_warmup_counts_fractions_of_epochs_not_whole_ones():
     assert 0 < at(LinearWarmup(1.), 1) < at(LinearWarmup(1.), 9) < 1
 
-def test_warmup_defaults(): assert LinearWarmup().config == {"epochs": 10., "start": 0.}
+def test_warmup_defaults(): assert LinearWarmup().config == {"epochs": 10., "start": 0., "end": 1.}
 
 
 # ---- cyclical
