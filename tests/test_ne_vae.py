@@ -54,7 +54,8 @@ def test_models_of_the_figures_are_rows_of_the_table():
     assert set(ne_vae.WALKED) | set(ne_vae.SEARCHED) | set(ne_vae.ANNEALED_SEEDS) <= set(rows)
     for label, [run] in rows.items():
         assert ("walks" in run.evaluation.get("probes", {})) == (label in ne_vae.WALKED)
-        assert ("search" in run.evaluation.get("probes", {})) == (label in ne_vae.SEARCHED)
+    searched = get_study("ne_vae", "search", "quick").rows
+    assert set(searched) == set(ne_vae.SEARCHED) and {r.train_id for [r] in searched.values()} <= {r.train_id for [r] in rows.values()}
 
 def test_the_constant_study_differs_from_table1_in_the_constant_alone():
     rows = get_study("ne_vae", "table1", "small").rows

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAD', 'BOS', 'EOS', 'POOLINGS', 'KINDS', 'INITS', 'second_order', 'token_log_prob', 'lengths', 'trim', 'by_length',
-           'run_lstm', 'Embedded', 'Words', 'SentenceLSTM', 'TextEncoder', 'block_tokens', 'Tokens', 'TextDecoder',
-           'pick', 'check_length', 'init_uniform', 'TextVAE', 'NoEncoder', 'check_sizes', 'lstm', 'lstm_lm']
+           'run_lstm', 'in_pieces', 'Embedded', 'Words', 'SentenceLSTM', 'TextEncoder', 'block_tokens', 'Tokens',
+           'pick', 'check_length', 'write', 'search', 'Writer', 'TextDecoder', 'init_uniform', 'TextVAE', 'NoEncoder',
+           'check_sizes', 'lstm', 'lstm_lm']
 
 # %% ../../nbs/02_models/05_lstm.ipynb #59344aac
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def _one_chunk(h: Tensor, weight: Tensor, y: Tensor) -> tuple:
     total = e.exp_().sum(1, keepdim=True)
     return e, total, own - total[:, 0].log()
 
+# %% ../../nbs/02_models/05_lstm.ipynb #1c34008a
 class _TokenLogProb(Function):
     "log softmax(h W')[y] and equation (2), in chunks."
     @staticmethod
@@ -62,11 +64,9 @@ class _TokenLogProb(Function):
     def backward(ctx, g):
         h, weight, y = ctx.saved_tensors
         if torch.is_grad_enabled() or ctx.u is None: return *_logits_again(h, weight, y, g, ctx.chunk), None, None, None
-        dh = ctx.u * g[:, None].to(h.dtype)
-        if not ctx.needs_input_grad[1]: return dh, None, None, None, None
-        if ctx.U is None or g.amin() != g.amax(): return dh, _logits_again(h, weight, y, g, ctx.chunk)[1], None, None, None
-        dw, ctx.U = ctx.U.mul_(g[0]), None      # given away, not copied; a second backward pass finds None
-        return dh, dw, None, None, None
+        if ctx.needs_input_grad[1] and g.amin() != g.amax(): return ctx.u * g[:, None].to(h.dtype), _logits_again(h, weight, y, g, ctx.chunk)[1], None, None, None
+        (u, U), ctx.u, ctx.U = (ctx.u, ctx.U), None, None       # given away, not copied; a second backward pass finds None
+        return u.mul_(g[:, None]), None if U is None else U.mul_(g[0]), None, None, None
 
 def _logits_again(h, weight, y, g, chunk) -> tuple:
     "Both gradients of equation (2) for any g, by steps that can be differentiated again."
@@ -78,6 +78,7 @@ def _logits_again(h, weight, y, g, chunk) -> tuple:
         dw = dw + full(a.T @ hi)
     return torch.cat(dh), dw.index_add(0, y, full(h) * g[:, None]).to(weight.dtype)
 
+# %% ../../nbs/02_models/05_lstm.ipynb #01dbd42e
 def token_log_prob(
     h: Tensor,          # features, [N, F]
     weight: Tensor,     # output layer, [V, F]
@@ -90,7 +91,7 @@ def token_log_prob(
     cpu = h.device.type == "cpu"
     if not cpu: chunk = 16 * chunk
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad): return _TokenLogProb.apply(h, weight, y, chunk, cpu)
-    w = weight.to(h.dtype)
+    w, chunk = weight.to(h.dtype), max(64, min(chunk, 2 ** 20 // len(weight))) if cpu else chunk    # 4 MiB of logits
     return torch.cat([_one_chunk(h[i:i + chunk], w, y[i:i + chunk])[2] for i in range(0, len(h), chunk)])
 
 # %% ../../nbs/02_models/05_lstm.ipynb #8ece671d
@@ -114,38 +115,56 @@ def by_length(length: Tensor, tokens: int) -> Iterator[Tensor]:
         yield order[i:i + rows]
         i += rows
 
-def run_lstm(lstm: nn.LSTM, e: Tensor, length: Tensor, state=None) -> Tensor:
-    "Outputs [B, T, H] for inputs [B, T, F]; beyond the end of a row they are zeros, or on a GPU anything."
-    if e.is_cuda or bool((length == e.shape[1]).all()): return lstm(e, state)[0]
-    packed = pack_padded_sequence(e, length.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
-    return pad_packed_sequence(lstm(packed, state)[0], batch_first=True, total_length=e.shape[1])[0]
+def run_lstm(lstm: nn.LSTM, e: Tensor, length: Tensor, state=None) -> tuple:
+    "Outputs [T, B, H] for inputs [T, B, F], time first (after the end of a sentence anything), and the last one of each sentence, [B, H]."
+    length = length.clamp(min=1)
+    if e.is_cuda or not torch.is_grad_enabled():
+        h = lstm(e, state)[0] if e.is_cuda else in_pieces(lstm, e, state)[0]
+        return h, h[length - 1, torch.arange(len(length), device=h.device)]
+    if (length == len(e)).all(): return in_pieces(lstm, e, state)
+    h, (last, _) = lstm(pack_padded_sequence(e, length, enforce_sorted=False), state)
+    return pad_packed_sequence(h, total_length=len(e))[0], last[0]
+
+def in_pieces(lstm: nn.LSTM, e: Tensor, state=None) -> tuple:
+    "On a CPU, in stretches of time, so that the gates and the working memory of the backward pass are those of one stretch. Small models run in one."
+    size = e.shape[1] * lstm.hidden_size
+    piece = max(16 if torch.is_grad_enabled() else 1, 2 ** 19 // size)
+    if piece >= len(e):
+        h, state = lstm(e, state)
+        return h, state[0][0]
+    out = [] if torch.is_grad_enabled() else e.new_empty(*e.shape[:2], lstm.hidden_size)
+    for i in range(0, len(e), piece):
+        h, state = lstm(e[i:i + piece], state)
+        if torch.is_grad_enabled(): out.append(h)
+        else: out[i:i + piece] = h
+    return torch.cat(out) if torch.is_grad_enabled() else out, state[0][0]
 
 # %% ../../nbs/02_models/05_lstm.ipynb #69521912
 POOLINGS = ("last", "mean", "max")
 
 class Embedded(NamedTuple):
     "Sentences as vectors."
-    values: Tensor      # [B, T, E]
+    values: Tensor      # [T, B, E]
     length: Tensor      # [B]
 
 class Words(nn.Embedding):
     "The embedding table of an encoder."
     def forward(self, x: Tensor) -> Embedded:
         x = trim(x)
-        return Embedded(super().forward(x), lengths(x))
+        return Embedded(super().forward(x.T), lengths(x))
 
 class SentenceLSTM(nn.Module):
     "An LSTM and what is taken from its states, [B, H]."
     def __init__(self, embedding: int, hidden: int, pooling: str = "last"):
         super().__init__()
         if pooling not in POOLINGS: raise unknown("pooling", pooling, POOLINGS)
-        self.lstm, self.pooling = nn.LSTM(embedding, hidden, batch_first=True), pooling
+        self.lstm, self.pooling = nn.LSTM(embedding, hidden), pooling
 
     def forward(self, s: Embedded) -> Tensor:
-        h, n = run_lstm(self.lstm, s.values, s.length), s.length[:, None]
-        if self.pooling == "last": return h[torch.arange(len(h), device=h.device), (s.length - 1).clamp(min=0)]
-        out = (torch.arange(h.shape[1], device=h.device) >= n)[..., None]
-        return h.masked_fill(out, 0.).sum(1) / n if self.pooling == "mean" else h.masked_fill(out, -torch.inf).amax(1)
+        (h, last), n = run_lstm(self.lstm, s.values, s.length), s.length.clamp(min=1)
+        if self.pooling == "last": return last
+        out = (torch.arange(len(h), device=n.device)[:, None] >= n)[..., None]
+        return h.masked_fill(out, 0.).sum(0) / n[:, None] if self.pooling == "mean" else h.masked_fill(out, -torch.inf).amax(0)
 
 class TextEncoder(Encoder):
     "x [B, L] to q(z|x), [B, D]."
@@ -161,8 +180,8 @@ class TextEncoder(Encoder):
         return DiagGaussian(*out.chunk(2, -1))
 
 def block_tokens(hidden: int) -> int:
-    "Tokens that an LSTM is given at once in evaluation: its gates fill 64 MiB."
-    return max(1, 2 ** 24 // (4 * hidden))
+    "Tokens that an LSTM is given at once in evaluation: its states fill 16 MiB."
+    return max(1, 2 ** 22 // hidden)
 
 # %% ../../nbs/02_models/05_lstm.ipynb #b4bc988e
 class Tokens:
@@ -170,6 +189,7 @@ class Tokens:
     def __init__(self, decoder: "TextDecoder", z: Tensor, x: Tensor | None):
         self.decoder, self.z, self.x = decoder, z, x
         self.features = decoder.features(*self._rows(trim(x))) if x is not None and torch.is_grad_enabled() else None
+        self.values = None
 
     def _rows(self, x: Tensor) -> tuple:
         "Codes [N, D] and sentences [N, L], a row for each code."
@@ -179,9 +199,12 @@ class Tokens:
         "log p(w_t | w_<t, z) in nats, [..., L - 1], beginning with the word after `<s>`; 0 where x is padding."
         if self.x is None: raise ValueError("the decoder predicts each word from those before it: call decode(z, x) with the sentences, or generate(z)")
         if x is not self.x and not torch.equal(x, self.x): raise ValueError("these are not the sentences that the decoder was given: use decode(z, x).log_prob(x) with the same x")
-        z, rows = self._rows(trim(x))
-        values = self.decoder.values(z, rows) if self.features is None else self.decoder.score(self.features, rows)
-        return F.pad(values, (0, x.shape[-1] - rows.shape[-1])).view(*self.z.shape[:-1], -1)
+        if self.values is None:
+            z, rows = self._rows(trim(x))
+            values = self.decoder.values(z, rows) if self.features is None else self.decoder.score(self.features, rows)
+            self.values = F.pad(values, (0, x.shape[-1] - rows.shape[-1])).reshape(*self.z.shape[:-1], -1)
+            self.features = None        # the large part
+        return self.values
 
     def log_prob(self, x: Tensor) -> Tensor:
         "log p(x|z) in nats, [B] or [K, B]."
@@ -192,9 +215,86 @@ class Tokens:
     def sample(self, draw) -> Tensor: return self.decoder.generate(self.z, draw)
 
 # %% ../../nbs/02_models/05_lstm.ipynb #3c8af602
+def pick(logits: Tensor, u: Tensor | None) -> Tensor:
+    "The most probable id of each row [N, V], or the one at which the distribution function passes u, [N]."
+    if u is None: return logits.argmax(1)
+    total = logits.double().softmax(1).cumsum_(1)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+
+def check_length(max_len: int) -> int:
+    if max_len < 1: raise ValueError(f"max_len must be at least 1, got {max_len}")
+    return max_len
+
+def write(dec, z: Tensor, u: Tensor | None, n: int) -> Tensor:
+    "Sentences of at most n words for codes [N, D]: at the uniform numbers u [N, n], or greedy."
+    x = torch.full((len(z), n + 1), PAD, device=z.device)
+    x[:, 0] = BOS
+    (wide, state), going = dec.begin(z), torch.arange(len(z), device=z.device)
+    for t in range(n):
+        logits, _, state = dec.step(x[going, t], z, wide, state)
+        x[going, t + 1] = pick(logits, None if u is None else u[going, t])
+        on = x[going, t + 1] != EOS
+        if not on.any(): break
+        if not on.all(): going, z, wide, state = going[on], z[on], wide[on], tuple(s[:, on] for s in state)
+    return x
+
+# %% ../../nbs/02_models/05_lstm.ipynb #98226227
+def search(dec, z: Tensor, width: int, n: int) -> Tensor:
+    "The best sentence of at most n words that beam search finds, for codes [N, D]."
+    b = len(z)
+    z = z.repeat_interleave(width, 0)
+    x = torch.full((b * width, n + 1), PAD, device=z.device)
+    x[:, 0] = BOS
+    wide, state = dec.begin(z)
+    score = full(z).new_full((b, width), -torch.inf)
+    score[:, 0] = 0                                         # all beginnings are alike: only one may grow
+    first = width * torch.arange(b, device=z.device)[:, None]
+    for t in range(n):
+        logits, norm, state = dec.step(x[:, t], z, wide, state)
+        gain, ended = logits - norm, (x == EOS).any(1)
+        gain[ended] = -torch.inf
+        gain[ended, PAD] = 0                                # what has ended stays as it is
+        score, best = (score.flatten()[:, None] + gain).view(b, -1).topk(width)
+        old = (first + best // gain.shape[1]).flatten()
+        x, state = x[old], tuple(s[:, old] for s in state)
+        x[:, t + 1] = (best % gain.shape[1]).flatten()
+        if (x == EOS).any(1)[::width].all(): break
+    return x[::width]
+
+# %% ../../nbs/02_models/05_lstm.ipynb #8233347c
+class Writer(nn.Module):
+    "Sentences from codes, for a decoder with `begin`, `step` and `max_len`."
+    @torch.no_grad()
+    def generate(self,
+                 z: Tensor,                     # codes [..., D]
+                 draw=None,                     # draw(shape): standard normal noise; None: the most probable word
+                 max_len: int | None = None,    # most words, `</s>` among them; None: as the model was built
+                 rows: int = 256                # codes at a time; changes no word
+                 ) -> Tensor:                   # long [..., max_len + 1]
+        "Sentences from codes alone, word by word."
+        n = check_length(self.max_len if max_len is None else max_len)
+        codes, shape = z.flatten(0, -2), z.shape[:-1]
+        u = None if draw is None else torch.special.ndtr(draw((*shape, n)).reshape(-1, n).double())
+        parts = [write(self, codes[i:i + rows], None if u is None else u[i:i + rows], n) for i in range(0, len(codes), rows)]
+        return torch.cat(parts).view(*shape, n + 1)
+
+    @torch.no_grad()
+    def beam(self,
+             z: Tensor,                     # codes [..., D]
+             width: int = 5,                # beginnings kept for each code; 1 is greedy decoding
+             max_len: int | None = None,    # as in `generate`
+             rows: int = 256                # beginnings at a time
+             ) -> Tensor:                   # long [..., max_len + 1]
+        "The most probable sentence found by beam search, for each code."
+        n = check_length(self.max_len if max_len is None else max_len)
+        if width < 1: raise ValueError(f"width must be at least 1, got {width}")
+        parts = [search(self, c, width, n) for c in z.flatten(0, -2).split(max(1, rows // width))]
+        return torch.cat(parts).view(*z.shape[:-1], n + 1)
+
+# %% ../../nbs/02_models/05_lstm.ipynb #3ebcbe39
 KINDS = ("concat", "skip", "critics")
 
-class TextDecoder(nn.Module):
+class TextDecoder(Writer):
     "z and x to p(x|z), equation (1). Without latent dimensions a language model, which starts from zeros."
     def __init__(self, vocab_size: int, latent_dim: int, embedding: int, hidden: int, dropout: float, kind: str, max_len: int):
         super().__init__()
@@ -203,7 +303,7 @@ class TextDecoder(nn.Module):
         self.words, self.dropout = nn.Embedding(vocab_size, embedding), nn.Dropout(dropout)
         self.widen = nn.Linear(latent_dim, hidden, bias=False) if kind == "critics" else nn.Identity()
         self.start = nn.Linear(wide, hidden, bias=False) if latent_dim else None
-        self.lstm = nn.LSTM(embedding + wide, hidden, batch_first=True)
+        self.lstm = nn.LSTM(embedding + wide, hidden)
         self.out = nn.Linear(hidden + (latent_dim if kind == "skip" else 0), vocab_size, bias=False)
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Tokens:
@@ -218,20 +318,20 @@ class TextDecoder(nn.Module):
         return wide, (c.tanh()[None], c[None])
 
     def features(self, z: Tensor, x: Tensor) -> Tensor:
-        "What the output layer sees, [N, L - 1, F], for codes [N, D] and sentences [N, L]."
+        "What the output layer sees, [L - 1, N, F], for codes [N, D] and sentences [N, L]."
         wide, state = self.begin(z)
-        e = self.dropout(self.words(x[:, :-1]))
-        beside = lambda a, b: torch.cat([a, b[:, None].expand(-1, a.shape[1], -1).to(a.dtype)], -1) if b.shape[-1] else a
-        h = self.dropout(run_lstm(self.lstm, beside(e, wide), lengths(x) - 1, state))
+        beside = lambda a, b: torch.cat([a, b.to(a.dtype).expand(len(a), -1, -1)], -1) if b.shape[-1] else a
+        h = self.dropout(run_lstm(self.lstm, beside(self.dropout(self.words(x[:, :-1].T)), wide), lengths(x) - 1, state)[0])
         return beside(h, z) if self.kind == "skip" else h
 
     def score(self, h: Tensor, x: Tensor) -> Tensor:
         "log-probabilities of the words after `<s>`, [N, L - 1]."
-        y, real = x[:, 1:], x[:, 1:] != PAD
-        if h.is_cuda: return token_log_prob(h.flatten(0, 1), self.out.weight, y.flatten()).view(y.shape) * real
-        if real.all(): return token_log_prob(h.flatten(0, 1), self.out.weight, y.flatten()).view(y.shape)
+        y = x[:, 1:].T
+        real = y != PAD
+        if h.is_cuda: return (token_log_prob(h.flatten(0, 1), self.out.weight, y.flatten()).view(y.shape) * real).T
+        if real.all(): return token_log_prob(h.flatten(0, 1), self.out.weight, y.flatten()).view(y.shape).T
         values = token_log_prob(h[real], self.out.weight, y[real])
-        return values.new_zeros(y.shape).masked_scatter(real, values)
+        return values.new_zeros(y.shape).masked_scatter(real, values).T
 
     @torch.no_grad()
     def values(self, z: Tensor, x: Tensor) -> Tensor:
@@ -244,81 +344,11 @@ class TextDecoder(nn.Module):
 
     def step(self, word: Tensor, z: Tensor, wide: Tensor, state) -> tuple:
         "Logits of the next word [N, V] with those that are never written at -inf, their log-normaliser [N, 1] from before that, and the next state."
-        h, state = self.lstm(torch.cat([self.words(word), wide], -1)[:, None], state)
-        logits = full(self.out(torch.cat([h[:, 0], z], -1) if self.kind == "skip" else h[:, 0]))
+        h, state = self.lstm(torch.cat([self.words(word), wide], -1)[None], state)
+        logits = full(self.out(torch.cat([h[0], z], -1) if self.kind == "skip" else h[0]))
         norm = logits.logsumexp(1, keepdim=True)
         logits[:, [PAD, BOS]] = -torch.inf
         return logits, norm, state
-
-    @torch.no_grad()
-    def generate(self,
-                 z: Tensor,                     # codes [..., D]
-                 draw=None,                     # draw(shape): standard normal noise; None: the most probable word
-                 max_len: int | None = None,    # most words, `</s>` among them; None: as the model was built
-                 rows: int = 256                # codes at a time; changes no word
-                 ) -> Tensor:                   # long [..., max_len + 1]
-        "Sentences from codes alone, word by word."
-        n = check_length(self.max_len if max_len is None else max_len)
-        codes, shape = z.flatten(0, -2), z.shape[:-1]
-        u = None if draw is None else torch.special.ndtr(draw((*shape, n)).reshape(-1, n).double())
-        parts = [self._generate(codes[i:i + rows], None if u is None else u[i:i + rows], n) for i in range(0, len(codes), rows)]
-        return torch.cat(parts).view(*shape, n + 1)
-
-    def _generate(self, z: Tensor, u: Tensor | None, n: int) -> Tensor:
-        x = torch.full((len(z), n + 1), PAD, device=z.device)
-        x[:, 0] = BOS
-        (wide, state), going = self.begin(z), torch.arange(len(z), device=z.device)
-        for t in range(n):
-            logits, _, state = self.step(x[going, t], z, wide, state)
-            x[going, t + 1] = pick(logits, None if u is None else u[going, t])
-            on = x[going, t + 1] != EOS
-            if not on.any(): break
-            if not on.all(): going, z, wide, state = going[on], z[on], wide[on], tuple(s[:, on] for s in state)
-        return x
-
-    @torch.no_grad()
-    def beam(self,
-             z: Tensor,                     # codes [..., D]
-             width: int = 5,                # beginnings kept for each code; 1 is greedy decoding
-             max_len: int | None = None,    # as in `generate`
-             rows: int = 256                # beginnings at a time
-             ) -> Tensor:                   # long [..., max_len + 1]
-        "The most probable sentence found by beam search, for each code."
-        n = check_length(self.max_len if max_len is None else max_len)
-        if width < 1: raise ValueError(f"width must be at least 1, got {width}")
-        parts = [self._beam(c, width, n) for c in z.flatten(0, -2).split(max(1, rows // width))]
-        return torch.cat(parts).view(*z.shape[:-1], n + 1)
-
-    def _beam(self, z: Tensor, width: int, n: int) -> Tensor:
-        b = len(z)
-        z = z.repeat_interleave(width, 0)
-        x = torch.full((b * width, n + 1), PAD, device=z.device)
-        x[:, 0] = BOS
-        wide, state = self.begin(z)
-        score = full(z).new_full((b, width), -torch.inf)
-        score[:, 0] = 0                                         # all beginnings are alike: only one may grow
-        first = width * torch.arange(b, device=z.device)[:, None]
-        for t in range(n):
-            logits, norm, state = self.step(x[:, t], z, wide, state)
-            gain, ended = logits - norm, (x == EOS).any(1)
-            gain[ended] = -torch.inf
-            gain[ended, PAD] = 0                                # what has ended stays as it is
-            score, best = (score.flatten()[:, None] + gain).view(b, -1).topk(width)
-            old = (first + best // gain.shape[1]).flatten()
-            x, state = x[old], tuple(s[:, old] for s in state)
-            x[:, t + 1] = (best % gain.shape[1]).flatten()
-            if (x == EOS).any(1)[::width].all(): break
-        return x[::width]
-
-def pick(logits: Tensor, u: Tensor | None) -> Tensor:
-    "The most probable id of each row [N, V], or the one at which the distribution function passes u, [N]."
-    if u is None: return logits.argmax(1)
-    total = logits.double().softmax(1).cumsum_(1)
-    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
-
-def check_length(max_len: int) -> int:
-    if max_len < 1: raise ValueError(f"max_len must be at least 1, got {max_len}")
-    return max_len
 
 # %% ../../nbs/02_models/05_lstm.ipynb #b39d0455
 INITS = ("published", "encoder_default", "encoder_layers_default", "default")
