@@ -301,6 +301,9 @@ class Trainer(Epochs, Saved):
         self.valid = now = validate(self.view(), self.data.valid, self.eye("valid", self.epoch))
         if not math.isfinite(now["neg_elbo"]):
             raise Diverged(f"the validation loss became {now['neg_elbo']} after epoch {self.epoch + 1} (seed {self.seed})", self.epoch + 1, None)
+        if self.epoch and (guess := self.model.guess_nll(self.data.valid)) is not None and now["rec"] > 1.01 * float(guess.mean()):
+            raise Diverged(f"after epoch {self.epoch + 1} words cost {now['rec']:.1f} nats an item, more than guessing them uniformly ({float(guess.mean()):.1f}; "
+                           f"seed {self.seed}); try a smaller learning rate", self.epoch + 1, None)
         n = len(self.data.train)
         self.history.append({"epoch": self.epoch + 1, "seconds": round(seconds, 4), **{f"train_{k}": float(v) / n for k, v in self.sums.sums.items()},
                              **{f"valid_{k}": v for k, v in now.items()}})

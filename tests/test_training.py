@@ -11,7 +11,8 @@ from pcvae.method import Method
 from pcvae.models import build_model
 from pcvae.neighbors import NeighborEmbedding
 from pcvae.schedules import LinearWarmup
-from pcvae.training import Recipe, Trainer, compiled, step_flops, throughput
+from pcvae.metrics.evaluate import evaluate
+from pcvae.training import Diverged, Recipe, Trainer, compiled, step_flops, throughput
 
 TINY = dict(latent_dim=4, image_size=8, kind="plain", kernels=(5, 3), z_kernel=3, encoder_channels=(8, 8), encoder_width=16, head_bias=-1.)
 
@@ -118,3 +119,26 @@ def test_a_checkpoint_of_a_recipe_with_fewer_fields_can_be_read(tmp_path):
     assert again.epoch == 1 and again.lr_scale == 1.
     with pytest.raises(ValueError, match="belongs to another run"):
         Trainer(t.model, [], numbered(), replace(t.recipe, watch=3)).load(tmp_path/"s.pt")
+
+def words(n=64):
+    "Rows of `<s> w w w </s>` with words of 20."
+    w = torch.randint(4, 24, (n, 3))
+    return torch.cat([torch.full((n, 1), 1), w, torch.full((n, 1), 2)], 1)
+
+def test_a_text_model_worse_than_guessing_has_diverged():
+    torch.manual_seed(0)
+    data = Dataset("words", words(), words(16), words(16))
+    model = build_model("lstm", vocab_size=24, latent_dim=2, embedding=8, hidden=8, max_len=3)
+    assert torch.allclose(model.guess_nll(data.valid), torch.full((16,), 4 * torch.tensor(24.).log()))
+    with pytest.raises(Diverged, match=r"more than guessing them uniformly \(12\.7"):
+        Trainer(model, [], data, Recipe(epochs=4, batch=8, optimizer="sgd", lr=30., clip=5.)).fit()
+
+@pytest.mark.parametrize("name", ["lstm", "lstm_lm"])
+def test_text_models_train_and_are_measured(name):
+    torch.manual_seed(0)
+    data = Dataset("words", words(), words(16), words(16))
+    size = dict(vocab_size=24, embedding=8, hidden=8) | ({"latent_dim": 2, "max_len": 3} if name == "lstm" else {})
+    t = Trainer(build_model(name, **size), [], data, Recipe(epochs=2, batch=16, optimizer="sgd", lr=1.))
+    assert t.fit()
+    row = evaluate(t.view(), data, n_samples=3, n_nll=8, as_published={"batch": 8, "samples": False, "nll": False})
+    assert row["neg_elbo"] < 14 and (name == "lstm" or row["kl"] == row["mi"] == row["au"] == 0 and abs(row["nll_whole"] - row["neg_elbo"]) < 1e-4)

@@ -44,6 +44,7 @@ def log_own(z: Tensor, q: DiagGaussian) -> Tensor:
 
 def enough_digits(z: Tensor, q: DiagGaussian) -> tuple:
     "Both in float64 where the expanded squares of `pairwise_log_prob` would cancel in float32: single stds far below the spread of the means."
+    if not q.shape[-1]: return z.double(), q.to(torch.float64)      # a model without a code
     worst = ((q.mean - q.mean.mean(0)) ** 2 * (-q.logvar).exp()).max()
     dtype = torch.float64 if worst > 3e5 else q.mean.dtype
     return z.to(dtype), q.to(dtype)

@@ -140,8 +140,8 @@ def few_label_accuracy(
     "Test accuracy of linear probes on frozen posterior means, for several numbers of labels."
     x, y, *rest = probe_features(view, data, feature, labelled)
     check_labels(x, y, "training part")
-    index = {n: [label_draws(y, n, seed + i, even) for i in range(draws)] if draws else [torch.arange(len(y))[:n]] for n in sizes}
-    if draws is None and max(sizes) > len(y): raise ValueError(f"{max(sizes)} labels asked for, but only {len(y)} items have one")
+    if draws is None: index = {n: [torch.arange(check_count("number of labels", n, most=len(y)))] for n in sizes}
+    else: index = {n: [label_draws(y, n, seed + i, even) for i in range(check_count("draws", draws))] for n in sizes}
     out = {}
     for n, chosen in index.items():
         acc = np.array([probe(x[i.to(x.device)], y[i.to(y.device)], *rest) for i in chosen])

@@ -9,6 +9,7 @@ __all__ = ['PAD', 'BOS', 'EOS', 'POOLINGS', 'KINDS', 'INITS', 'second_order', 't
            'check_sizes', 'lstm', 'lstm_lm']
 
 # %% ../../nbs/02_models/05_lstm.ipynb #59344aac
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -370,6 +371,10 @@ class TextVAE(VAE):
     def beam(self, z: Tensor, width: int = 5, max_len: int | None = None) -> Tensor:
         "The most probable sentence of each code, by beam search."
         return self.decoder.beam(z, width, max_len)
+
+    def guess_nll(self, x: Tensor) -> Tensor:
+        "Nats of guessing every word uniformly, [B]."
+        return (lengths(x) - 1) * math.log(self.decoder.words.num_embeddings)
 
     def check(self, x: Tensor) -> None:
         "Raise ValueError unless x holds sentences of this model's vocabulary, `<s> words </s>` and padding."

@@ -112,6 +112,9 @@ class VAE(nn.Module):
         "Decode codes without data: the mean of p(x|z), or a sample where `draw` gives the noise."
         px = self.decode(z)
         return px.mean if draw is None else px.sample(draw)
+    def guess_nll(self, x: Tensor) -> Tensor | None:
+        "What it costs to guess every word of each item uniformly, [B] nats, for a model of words: a training that does worse has diverged."
+
     def check(self, x: Tensor) -> None:
         "Raise ValueError unless the model can be trained on x."
         if hasattr(self.decoder, "likelihood"): self.decoder.likelihood.check(x)
