@@ -122,7 +122,9 @@ class Run:
             value = getattr(self, key)
             put(key, {"name": value} if isinstance(value, str) else value)
         if self.model["name"] not in MODELS: raise unknown("model", self.model["name"], MODELS)
-        check_params(MODELS[self.model["name"]], {k: v for k, v in self.model.items() if k != "name"}, f"model {self.model['name']!r}")
+        params = {k: v for k, v in self.model.items() if k != "name"}
+        if params.get("vocab_size") == "data": params["vocab_size"] = 5         # known when the data are
+        check_params(MODELS[self.model["name"]], params, f"model {self.model['name']!r}")
         check_evaluation(self.evaluation)
         recipe = self.recipe if isinstance(self.recipe, Recipe) else Recipe(**check_params(Recipe, self.recipe, "recipe"))
         put("recipe", asdict(recipe)); put("methods", [_describe_method(m) for m in self.methods]); put("evaluation", self.evaluation)
@@ -244,7 +246,8 @@ def _pictures(view, data, n: int = 8) -> dict:
 # %% ../nbs/12_studies.ipynb #c7ec5607
 @torch.no_grad()
 def constant_references(data) -> dict:
-    "Test losses of constant outputs: `ref_zero_sse`, `ref_mean_sse`, and `ref_mean_bce` (nats) for data in [0, 1]."
+    "Test losses of constant outputs: `ref_zero_sse`, `ref_mean_sse`, and `ref_mean_bce` (nats) for data in [0, 1]; none for tokens."
+    if not data.test.is_floating_point(): return {}
     mean, x = data.train.mean(0), data.test
     out = {"ref_zero_sse": (x ** 2).flatten(1).sum(1), "ref_mean_sse": ((x - mean) ** 2).flatten(1).sum(1)}
     if data.binarise:
