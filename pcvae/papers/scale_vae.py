@@ -20,12 +20,13 @@ SEEDED = ("LSTM-LM", "VAE", "BN-VAE(0.6)", "Scale-VAE(1.1, 1)")         # three 
 
 def scale_up(des_std: float, f_epochs: int = 1): return ScaleUp(des_std, f_epochs, grad_through_f=True, min_batch_record=16)
 
-def text_methods(epochs: float, full: bool) -> dict:
+def text_methods(epochs: float, scale: str) -> dict:
     "label -> (changes of the model, methods), the rows of Table 1 with their settings for Yahoo. `epochs` of warm-up."
     warm = lambda: LinearWarmup(epochs)
     own = {"init": "encoder_default"}
-    sa = SAVAE() if full else SAVAE(steps=5)
-    slow = Aggressive(check_every=15, patience=1) if full else Aggressive(check_every=15, patience=1, look_every=50, max_epochs=3)
+    sa = {"full": SAVAE(), "small": SAVAE(steps=5)}.get(scale, SAVAE(steps=2))
+    short = dict(look_every=50, max_epochs=3) if scale == "small" else dict(max_inner=30, look_every=20, max_epochs=2)
+    slow = Aggressive(check_every=15, patience=1, **({} if scale == "full" else short))
     return {
         "LSTM-LM": ("lm", []), "VAE": ({}, [warm()]), "VAE not annealed": ({}, []), "cyclical": ({}, [Cyclical(4, 0.5)]), "beta-VAE(0.4)": ({}, [Beta(0.4)]),
         "Free-Bits(0.1)": ({}, [warm(), FreeBits(0.1)]), "delta-VAE(0.1)": ({}, [warm(), DeltaVAE(0.1)]),
@@ -56,7 +57,7 @@ def text_run(setting: str, model, methods, seed: int, scale: str, samples=(50, 5
 
 def text_table(table: str, setting: str, scale: str, seeds, labels=None, samples=(50, 500), note: str = "") -> Study:
     "A study of the rows `labels` (default: all) on one setting; `seeds`: label -> seeds."
-    rows = text_methods(SETTINGS[setting][2], scale == "full")
+    rows = text_methods(SETTINGS[setting][2], scale)
     chosen = {k: rows[k] for k in labels or rows}
     return Study(PAPER, table, scale, {k: [text_run(setting, m, ms, s, scale, samples) for s in seeds(k)] for k, (m, ms) in chosen.items()}, note)
 
@@ -103,7 +104,7 @@ def table3(scale: str = "quick", seeds=None) -> Study:
 def ptb(scale: str = "quick", seeds=None) -> Study:
     "Penn Treebank, which the slides do not have: five rows and the self critic; at `small` and `full`, from the same runs but for the scale's name."
     if scale not in ("small", "full"): return Study(PAPER, "ptb", scale, {}, "runs at small and full scale")
-    rows = text_methods(SETTINGS["ptb"][2], False)
+    rows = text_methods(SETTINGS["ptb"][2], scale)
     chosen = {k: rows[k] for k in ("LSTM-LM", "VAE", "Free-Bits(0.1)", "BN-VAE(0.6)", "Scale-VAE(1.1, 1)")}
     chosen["self critic"] = ({}, [LinearWarmup(SETTINGS["ptb"][2]), SelfCritic(1.)])
     slower = lambda k: {"lr": 0.3} if k.startswith("Scale") else {}        # diverges at 1
@@ -116,7 +117,7 @@ CLUTTER = {"random, fixed": "padded_fixed", "random, anew each epoch": "padded",
 def clutter(scale: str = "quick", seeds=None) -> Study:
     "The latent-space figure: BN-VAE and Scale-VAE on synthetic data under three ways of batching."
     setting = {"full": "synthetic", "small": "synthetic"}.get(scale, f"synthetic {scale}")
-    rows = text_methods(SETTINGS[setting][2], False)
+    rows = text_methods(SETTINGS[setting][2], scale)
     probes = {"means": {"split": "test"}}
     make = lambda k, plan, s: text_run(setting, *rows[k], s, scale, (2, 20), plan=plan, probes=probes)
     kinds = CLUTTER if scale != "smoke" else dict(list(CLUTTER.items())[1:2])
