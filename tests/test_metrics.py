@@ -537,7 +537,8 @@ def test_ap_density_coverage_rewards_collapse():
 # ---------------------------------------------------------------- the row
 
 COLUMNS = {"nll", "nll_se", "nll_matched", "nll_samples", "nll_items", "neg_elbo", "rec", "kl", "kl_fed", "objective", "mi", "mi_ceiling", "mi_upper",
-           "mi_saturated", "au", "au_charged", "density", "coverage", "mpd", "reencode", "gap"}
+           "mi_saturated", "au", "au_0.1", "au_charged", "density", "coverage", "mpd", "reencode", "reencode_sample", "gap", "activity", "kl_dims"}
+LISTS = {"activity", "kl_dims"}
 PUBLISHED = {"ap_nll", "ap_mi", "ap_au", "ap_density", "ap_coverage"}
 
 
@@ -549,7 +550,8 @@ def test_row():
     torch.manual_seed(3); state = torch.get_rng_state()
     row = evaluate(m, data, as_published={"batch": 100})
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(row) == COLUMNS | PUBLISHED and all(type(v) is float and math.isfinite(v) for v in row.values())
+    assert set(row) == COLUMNS | PUBLISHED and all(type(v) is float and math.isfinite(v) for k, v in row.items() if k not in LISTS)
+    assert all(len(row[k]) == 4 and all(math.isfinite(v) for v in row[k]) for k in LISTS)
     assert row == evaluate(m, data, as_published={"batch": 100}) and row != evaluate(m, data, seed=1, as_published={"batch": 100})
     plain = evaluate(m, data)
     assert set(plain) == COLUMNS and all(plain[k] == row[k] for k in COLUMNS)          # adding metrics moves none
@@ -557,6 +559,8 @@ def test_row():
     assert row["nll"] == pytest.approx(float(m.nll(x).mean())) and row["nll_se"] == pytest.approx(float(m.nll(x).std()) / 20)
     assert row["neg_elbo"] == pytest.approx(row["rec"] + row["kl_fed"]) and row["objective"] == pytest.approx(row["rec"] + row["kl"])
     assert row["kl"] == row["kl_fed"] == pytest.approx(float(q.kl(m.prior).sum(-1).mean()))
+    assert row["activity"] == pytest.approx(q.mean.var(0).tolist()) and row["au_0.1"] == active_units(q.mean, 0.1)
+    assert sum(row["kl_dims"]) == pytest.approx(row["kl_fed"])
     assert row["au"] == active_units(q.mean) and row["mpd"] == pytest.approx(mutual_posterior_divergence(q)) and row["mi_ceiling"] == pytest.approx(math.log(400))
     assert row["gap"] == pytest.approx(2 * float((m.W ** 2).sum()), rel=0.15) and row["mi"] <= row["kl_fed"] + 0.3 and row["nll_matched"] == pytest.approx(row["nll"], abs=0.1)
     assert row["coverage"] == pytest.approx(expected_coverage(400), abs=0.04) and row["density"] == pytest.approx(1, abs=0.15)
@@ -579,7 +583,7 @@ def test_row_of_a_method_with_its_own_prior():
     base = linear(); m = Scaled(base.W, base.c, 0.5); data = world(base)
     Scaled.calls = 0
     row = evaluate(m, data, n_fit=None, features=False)
-    assert Scaled.calls == 400 + 900 + 400                          # test once, training once, re-encoding once
+    assert Scaled.calls == 400 + 900 + 400 + 400                    # test once, training once, re-encoding through the mean and through a sample
     exact = float(base.nll(data.test.double()).mean())
     assert row["nll_A"] == pytest.approx(exact, abs=1e-6) and row["nll_matched"] == pytest.approx(exact, abs=0.1) and row["nll"] > exact + 0.5
     assert row["kl_fed"] > row["kl"] and row["objective"] < row["neg_elbo"] and not {"nll_standard", "density"} & set(row)
@@ -628,7 +632,7 @@ class Tokens(nn.Module):
 def test_columns_that_make_no_sense_are_missing():
     data = SimpleNamespace(train=torch.randint(0, 20, (90, 7), generator=gen(1)), test=torch.randint(0, 20, (80, 7), generator=gen(2)))
     row = evaluate(Tokens(), data, n_samples=5)
-    assert COLUMNS - set(row) == {"density", "coverage", "reencode"}
+    assert COLUMNS - set(row) == {"density", "coverage", "reencode", "reencode_sample"}
 
 
 def test_binarised_training_data_are_drawn_through_the_data_set():
@@ -684,3 +688,12 @@ def test_one_needle_does_not_spoil_the_pool():
     single = mutual_information(q, generator=torch.Generator().manual_seed(1))
     double = mutual_information(q.to(torch.float64), z=q.to(torch.float64).rsample(torch.randn(300, 4, generator=torch.Generator().manual_seed(1)).double()))
     assert abs(single.value - double.value) < 1e-4 and 0 < single.value <= single.ceiling + 1e-9
+
+
+def test_nll_of_a_part_is_carried_over_to_the_whole():
+    "By the difference to -ELBO: near the value of the whole set, with a smaller error than the part alone has."
+    m = linear(); data = world(m)
+    whole, part = evaluate(m, data, features=False), evaluate(m, data, n_nll=60, features=False)
+    assert "nll_whole" not in whole
+    assert abs(part["nll_whole"] - whole["nll"]) < 4 * part["nll_whole_se"] and part["nll_whole_se"] < part["nll_se"]
+    assert part["nll_matched_whole"] == pytest.approx(part["nll_whole"] + part["nll_matched"] - part["nll"])
