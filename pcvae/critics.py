@@ -132,6 +132,11 @@ def _refuse_constant_mean(critic: Method, methods):
             raise ValueError(f"{type(critic).__name__} and {type(m).__name__} in one list: {type(m).__name__} gives every posterior the same mean, "
                              "so the critic has nothing to match; drop one of them")
 
+def _check_code(critic: Method, model: VAE):
+    if model.latent_dim < 1:
+        raise ValueError(f"{type(critic).__name__} matches codes to observations, but the model has latent_dim={model.latent_dim}: "
+                         "give it a model with a code (for text build_model('lstm', ...)), or train this one without a critic")
+
 class SelfCritic(Method):
     "Scores a pair by log q(z|x): no network of its own. Matches codes to observations only (z2x)."
     stackable, min_batch, check = True, 2, _refuse_constant_mean
@@ -140,6 +145,7 @@ class SelfCritic(Method):
         _check_weight(self, weight)
         self.scalar("weight", weight)
 
+    def setup(self, model: VAE, x: Tensor): _check_code(self, model)
     def penalty(self, b: Batch) -> dict: return {"self_critic": self.weight * self_critic_loss(b.z, b.q)}
 
 # %% ../nbs/05_critics.ipynb #631d17f8
@@ -192,6 +198,7 @@ class NeuralCritic(Method):
     def read(self, b: Batch) -> Tensor: return b.x
 
     def setup(self, model: VAE, x: Tensor):
+        _check_code(self, model)
         dim, hidden_x, hidden_z = self.sizes
         if self.net == "mlp": own, n = nn.Flatten(), x[0].numel()
         else: own, n = self.own_layers(model), model.encoder.head.in_features

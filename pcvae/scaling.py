@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import unknown
 from .gaussian import DiagGaussian
-from .method import Method
+from .method import Diverged, Method
 
 # %% ../nbs/06_scaling.ipynb #35702557
 def _need_two(who: str, mean: Tensor) -> None:
@@ -116,12 +116,17 @@ def average_factor(
     return AVERAGES[average](des_std, torch.where(stds < 0, math.nan, stds.clamp(min=LEAST_STD)))
 
 def _check_spread(stds: Tensor, epoch: int) -> None:
-    "Raise ValueError if the means of a dimension were constant over a batch."
+    "Raise Diverged if the means of a dimension were constant over a batch."
     least = torch.where(stds < 0, math.inf, stds).amin(0)
     dims = (least < LEAST_STD).nonzero().flatten().tolist()
-    if dims: raise ValueError(f"ScaleUp: in epoch {epoch} the means of dimension {', '.join(map(str, dims))} were constant over a batch (std {least.min():.1e}), "
+    if dims: raise Diverged(f"ScaleUp: in epoch {epoch} the means of dimension {', '.join(map(str, dims))} were constant over a batch (std {least.min():.1e}), "
                               "and no factor gives them a spread. Usually the encoder has been driven into saturation: use a smaller learning rate, "
-                              "Adam, or grad_through_f=True")
+                              "Adam, or grad_through_f=True", epoch)
+
+def _check_factor(f: Tensor, most: float, epoch: int) -> None:
+    "Raise Diverged if a factor has exploded."
+    if (f > most).any(): raise Diverged(f"ScaleUp: after epoch {epoch} the factor of dimension {int(f.argmax())} is {float(f.max()):.1e}, above max_factor={most:g}: the means have shrunk to "
+                                        "a spread of nothing that is blown up. Use a smaller learning rate or grad_through_f=True", epoch)
 
 def _check_settings(des_std, f_epochs, average, ddof, min_batch_record) -> None:
     if not des_std > 0: raise ValueError(f"ScaleUp: des_std must be positive, got {des_std!r}")
@@ -146,11 +151,14 @@ class ScaleUp(Method):
                  average: str = "harmonic",         # of the batch factors of an epoch: 'harmonic' (des_std / mean std), 'arithmetic', 'median'
                  grad_through_f: bool = False,      # does the batch's own factor carry a gradient?
                  ddof: int = 1,                     # divisor B - ddof in the std over the batch
-                 min_batch_record: int = 2):        # smaller batches neither count in the average nor use a factor of their own
+                 min_batch_record: int = 2,         # smaller batches neither count in the average nor use a factor of their own
+                 max_factor: float = 1e4):          # a larger average factor stops the run as diverged
         super().__init__()
         _check_settings(des_std, f_epochs, average, ddof, min_batch_record)
+        if not max_factor > 0: raise ValueError(f"ScaleUp: max_factor must be positive, got {max_factor!r}")
         self.scalar("des_std", des_std)
-        self.f_epochs, self.average, self.grad_through_f, self.ddof, self.min_batch_record = f_epochs, average, grad_through_f, ddof, min_batch_record
+        self.f_epochs, self.average, self.grad_through_f, self.ddof = f_epochs, average, grad_through_f, ddof
+        self.min_batch_record, self.max_factor = min_batch_record, max_factor
 
     def setup(self, model, x):
         one = torch.ones_like(model.prior.mean)
@@ -176,6 +184,7 @@ class ScaleUp(Method):
     def feed(self, q: DiagGaussian, b) -> DiagGaussian: return DiagGaussian(self._factor(q.mean, b.ctx) * q.mean, q.logvar)
     def on_epoch_end(self, trainer):
         _check_spread(self.stds, trainer.epoch + 1)
+        _check_factor(self.factor(), self.max_factor, trainer.epoch + 1)
         self.f.copy_(self.factor())
         self.stds.fill_(-1)
 

@@ -4,7 +4,7 @@ import pytest
 from pcvae.data.core import SOURCES
 from pcvae.papers import scale_vae
 from pcvae.reports import printed
-from pcvae.studies import STUDIES, get_study
+from pcvae.studies import STUDIES, Run, get_study
 
 @pytest.mark.parametrize("scale", ("smoke", "quick", "small", "full"))
 @pytest.mark.parametrize("table", list(STUDIES["scale_vae"]))
@@ -29,3 +29,18 @@ def test_the_network_without_a_code_has_no_method_and_the_others_one_backbone():
 def test_three_seeds_where_the_small_scale_promises_them():
     seeds = {l: [r.seed for r in runs] for l, runs in get_study("scale_vae", "table1", "small").rows.items()}
     assert {l for l, s in seeds.items() if s == [0, 1, 2]} == set(scale_vae.SEEDED)
+
+def test_yelp_has_the_rows_that_the_slides_print_for_it():
+    rows, published = set(get_study("scale_vae", "table1_yelp", "full").rows), set(printed("scale_vae", "table1", dataset="Yelp").model.unique())
+    assert rows - published == {"VAE not annealed"} and published <= rows
+
+def test_tables_4_and_5_are_those_of_the_slides():
+    rows, published = get_study("scale_vae", "table4", "small").rows, set(printed("scale_vae", "table4").model.unique())
+    assert published - set(rows) == {"DU-VAE(0.5, 0.8) quoted"} and set(rows) <= published
+    shared = set(get_study("scale_vae", "table1", "small").runs)
+    assert sum(r in shared for r in get_study("scale_vae", "table4", "small").runs) == len(rows) - 2      # MAE and DU-VAE have settings of their own for Yelp
+    generated = get_study("scale_vae", "table5", "small")
+    assert set(printed("scale_vae", "table5").model.unique()) <= set(generated.rows)
+    judge = get_study("scale_vae", "table1", "small").rows["LSTM-LM"][0].train_id
+    assert {Run(**r.evaluation["probes"]["generation"]["judge"]).train_id for r in generated.runs} == {judge}
+    assert {r.train_id for r in generated.runs} <= {r.train_id for r in shared}        # nothing is trained for it

@@ -13,6 +13,7 @@ from pcvae.gaussian import DiagGaussian
 from pcvae.method import Batch, Ctx, Trained, check_methods, infer, make_method, objective, randn_draw
 from pcvae.models import build_model
 from pcvae.neighbors import NeighborEmbedding
+from pcvae.method import Diverged
 from pcvae.scaling import BatchNormMean, ScaleUp, scale_p1, scale_p2, scale_p2_prime, undercharge
 
 
@@ -247,7 +248,17 @@ def test_constant_means_are_refused_by_name(through):
     loss, _ = objective(model, methods, x, ctx(like=x, record=True))
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
-    with pytest.raises(ValueError, match=r"ScaleUp: in epoch 3 the means of dimension 1 were constant.*learning rate"): epoch_end(methods[0], 2)
+    with pytest.raises(Diverged, match=r"ScaleUp: in epoch 3 the means of dimension 1 were constant.*learning rate"): epoch_end(methods[0], 2)
+
+
+def test_an_exploding_factor_ends_the_run():
+    model, methods, x = case(ScaleUp(max_factor=100.))
+    model.encoder.head.weight.data[1] *= 1e-3
+    run(model, methods, x, record=True)
+    before = methods[0].f.clone()
+    with pytest.raises(Diverged, match=r"after epoch 1 the factor of dimension 1 is .*above max_factor=100") as e: epoch_end(methods[0])
+    assert e.value.epoch == 1 and torch.equal(methods[0].f, before)
+    with pytest.raises(ValueError, match="max_factor must be positive, got 0"): ScaleUp(max_factor=0.)
 
 
 def stacked_loss(runs, draws, x, **kw):

@@ -12,6 +12,7 @@ from pcvae.models import build_model
 from pcvae.neighbors import NeighborEmbedding
 from pcvae.schedules import LinearWarmup
 from pcvae.metrics.evaluate import evaluate
+from pcvae import training
 from pcvae.training import Diverged, Recipe, Trainer, compiled, step_flops, throughput
 
 TINY = dict(latent_dim=4, image_size=8, kind="plain", kernels=(5, 3), z_kernel=3, encoder_channels=(8, 8), encoder_width=16, head_bias=-1.)
@@ -132,6 +133,17 @@ def test_a_text_model_worse_than_guessing_has_diverged():
     assert torch.allclose(model.guess_nll(data.valid), torch.full((16,), 4 * torch.tensor(24.).log()))
     with pytest.raises(Diverged, match=r"more than guessing them uniformly \(12\.7"):
         Trainer(model, [], data, Recipe(epochs=4, batch=8, optimizer="sgd", lr=30., clip=5.)).fit()
+
+def test_a_long_epoch_worse_than_guessing_is_not_run_to_its_end(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(training, "HOPELESS", 3.)
+    data = Dataset("words", words(640), words(16), words(16))
+    model = build_model("lstm", vocab_size=24, latent_dim=2, embedding=8, hidden=8, max_len=3)
+    t = Trainer(model, [], data, Recipe(epochs=4, batch=8, optimizer="sgd", lr=30., clip=5.))
+    with pytest.raises(Diverged, match=r"up to batch \d+ of epoch 1 words cost more than guessing.*\d\.\d+ times as much") as e: t.fit()
+    assert e.value.epoch == 1 and 3 < e.value.batch < t.steps_per_epoch
+    good = Trainer(model, [], data, Recipe(epochs=1, batch=8, optimizer="sgd", lr=0.1))
+    assert good.fit() and good.hopeless < 1
 
 @pytest.mark.parametrize("name", ["lstm", "lstm_lm"])
 def test_text_models_train_and_are_measured(name):
