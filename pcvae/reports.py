@@ -548,20 +548,22 @@ class Report:
 
     def frames(self, table: str) -> dict:
         "scale -> (study, frame) of a table: the scale asked for, and the longer ones that have rows."
-        out = {self.scale: (self.studies[table], self.studies[table].frame(self.results))} if table in self.studies else {}
+        asked = self.studies.get(table)
+        out = {self.scale: (asked, asked.frame(self.results))} if asked and asked.runs else {}
         for s in SCALES[SCALES.index("small"):] if not self.only else ():
             study = get_study(self.paper, table, s)
-            if s != self.scale and (frame := study.frame(self.results))["status"].eq("done").any(): out[s] = study, frame
+            if s != self.scale and study.runs and (frame := study.frame(self.results))["status"].eq("done").any(): out[s] = study, frame
         return out
 
     def table(self, table: str, make, name: str, caption: str) -> HTML:
-        "The table `make(study, frame)` at each scale, saved and shown."
+        "The table `make(study, frame)` at each scale, saved and shown; None: there is nothing to show at this scale."
         html = []
         for s, (study, f) in self.frames(table).items():
-            df, line = make(study, f), provenance(f, s, study.note)
+            if (df := make(study, f)) is None: continue
+            line = provenance(f, s, study.note)
             save_table(df, self.paper, s, name, self.figures, line)
             html.append(show(df, f"{caption}, {s} scale").data + f'<p style="font-size:85%; color:#555">{line}</p>')
-        return HTML("".join(html) or "<p>not asked for</p>")
+        return HTML("".join(html) or f"<p>{self.studies[table].note if table in self.studies else 'not asked for'}</p>")
 
     def figure(self, table: str, draw, name: str):
         "The figure `draw(study, frame, title)` -> (figure, its numbers), or None where there is nothing to draw; at each scale, saved and displayed."

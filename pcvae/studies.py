@@ -36,8 +36,8 @@ from .data import load
 from .data.text import exact_log_prob, yelp_short_labelled
 from .method import Method, make_method, randn_draw
 from .metrics.evaluate import evaluate
-from .metrics.likelihood import standard_error
 from .metrics.latent import latent_search, starting_codes, traverse, walk
+from .metrics.likelihood import standard_error
 from .metrics.probes import as_published_probe, few_label_accuracy
 from .metrics.text import generation_row, length_r2
 from .models import MODELS, build_model

@@ -375,8 +375,11 @@ def step_flops(trainer) -> int:
     return counter.get_total_flops()
 
 def throughput(trainer, card: str = "") -> dict:
-    "Steps per second of the training so far; on a known card also operations per step and the share of its peak."
+    "Steps (of text also tokens) per second of the training so far; on a known card also operations per step and the share of its peak."
     out = {"steps_per_second": trainer.step / trainer.seconds} if trainer.seconds else {}
+    if out and hasattr(trainer.data, "lengths"):
+        predicted = int((trainer.data.lengths("train") - 1).sum())      # in an epoch; inner steps of aggressive training are not counted
+        out["tokens_per_second"] = predicted / trainer.steps_per_epoch * out["steps_per_second"]
     peak = next((p for name, p in PEAK_FLOPS.items() if name in card), None)
     if not peak or not out: return out
     flops = step_flops(trainer)

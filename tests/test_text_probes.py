@@ -56,6 +56,7 @@ def test_the_truth_is_the_generators_likelihood():
 def test_length_is_that_of_the_fed_means(tmp_path):
     row = execute(vae(length={}), "p", tmp_path/"r", tmp_path/"w")
     assert row["probes"]["length"]["r2"] == 0           # all of one length
+    assert row["env"]["tokens_per_second"] == pytest.approx(240 * 11 / 15 * row["env"]["steps_per_second"])
     with pytest.raises(ValueError, match="Did you mean 'length'"): vae(lenght={})
     bad = lm().to_dict() | {"evaluation": {}, "recipe": {"epoch": 3}}
     with pytest.raises(ValueError, match="epochs"): vae(generation={"judge": bad})
