@@ -26,14 +26,15 @@ def _subset(name: str, total: int, n: int | None) -> np.ndarray:
     return np.arange(total) if n is None else np.random.RandomState(SPLIT_SEED).permutation(total)[:check_count(name, n, most=total)]
 
 # %% ../../nbs/01_data/02_images.ipynb #629bc692
-def _images(name: str, parts: dict, labels: dict, binarise, keep: dict, stand_in: str = "", **info) -> Dataset:
-    "Dataset from grey pictures [N, H, W] per split; `keep`: split -> number to keep or None."
+def _images(name: str, parts: dict, labels: dict, binarise, keep: dict, flat: bool = False, stand_in: str = "", **info) -> Dataset:
+    "Dataset from grey pictures [N, H, W] per split; `keep`: split -> number to keep or None; `flat`: as vectors [N, H W]."
     if binarise not in (True, False, "fixed"):
         raise ValueError(f"binarise must be True (train drawn at each visit), 'fixed' (drawn once) or False (grey), got {binarise!r}")
     drawn = {True: ("valid", "test"), "fixed": ("train", "valid", "test"), False: ()}[binarise]
     index = {k: _subset(f"n_{k}", len(v), keep.get(k)) for k, v in parts.items()}
     x = {k: bernoulli_once(v, DRAW_SEED[k]) if k in drawn else v for k, v in parts.items()}
-    x = {k: torch.from_numpy(np.ascontiguousarray(v[index[k]], dtype=np.float32))[:, None] for k, v in x.items()}
+    shaped = lambda t: t.flatten(1) if flat else t[:, None]
+    x = {k: shaped(torch.from_numpy(np.ascontiguousarray(v[index[k]], dtype=np.float32))) for k, v in x.items()}
     seeds = f"split seed {SPLIT_SEED}" + "".join(f"; {k} binarised once with seed {DRAW_SEED[k]}" for k in drawn)
     return Dataset(name, **x, labels={k: torch.from_numpy(y[index[k]].astype(np.int64)) for k, y in labels.items()},
                    binarise=binarise is True, stand_in=stand_in, info=dict(info, seeds=seeds))
@@ -41,7 +42,8 @@ def _images(name: str, parts: dict, labels: dict, binarise, keep: dict, stand_in
 # %% ../../nbs/01_data/02_images.ipynb #feae1d63
 @register("digits", origin="ships with scikit-learn")
 def digits(size: int = 8,   # 8, or 28: enlarged, to stand in for Omniglot
-           binarise=True    # True: train drawn at each visit; "fixed": drawn once; False: grey
+           binarise=True,   # True: train drawn at each visit; "fixed": drawn once; False: grey
+           flat: bool = False   # vectors [N, size * size] in place of pictures [N, 1, size, size]
           ) -> Dataset:
     "scikit-learn's 1,797 handwritten digits, 1,097 / 200 / 500."
     if size not in (8, 28): raise ValueError(f"digits come in size 8 or 28, got {size}")
@@ -51,7 +53,7 @@ def digits(size: int = 8,   # 8, or 28: enlarged, to stand in for Omniglot
     x = (F.interpolate(x, size=(28, 28), mode="bilinear") if size == 28 else x)[:, 0].clamp(0, 1).numpy()
     blocks = np.split(np.random.RandomState(SPLIT_SEED).permutation(len(x)), [1097, 1297])
     index = dict(zip(("train", "valid", "test"), blocks))
-    return _images("digits", {k: x[i] for k, i in index.items()}, {k: raw.target[i] for k, i in index.items()}, binarise, keep={},
+    return _images("digits", {k: x[i] for k, i in index.items()}, {k: raw.target[i] for k, i in index.items()}, binarise, keep={}, flat=flat,
                    stand_in="omniglot (22,345 drawings of 28x28), by 1,097 enlarged 8x8 digits for a quick run" if size == 28 else "",
                    source="sklearn.datasets.load_digits", size=size)
 
@@ -140,6 +142,7 @@ def omniglot(n_train: int | None = None,   # default: all that validation leaves
              n_test: int | None = None,    # default: all
              binarise=True,                # True: train drawn at each visit; "fixed": drawn once; False: grey
              source: str = "drawings",     # or "iwae": chardata.mat
+             flat: bool = False,           # vectors [N, 784] in place of pictures
              data_dir=None, download: bool = True) -> Dataset:
     "Handwritten characters of 50 alphabets, 28x28, 22,345 / 2,000 / 8,115."
     raw = _omniglot_arrays(source, data_dir, download)
@@ -149,7 +152,7 @@ def omniglot(n_train: int | None = None,   # default: all that validation leaves
     index, y = dict(train=order[n:], valid=order[:n]), raw["train_labels"]
     same = "chardata.mat" if source == "iwae" else "as omniglot28.npz" if _pixel_sum(raw) == OMNIGLOT_PIXELS else "converted here, not bit for bit omniglot28.npz"
     return _images("omniglot", {k: x[i] for k, i in index.items()} | dict(test=test), {k: y[i] for k, i in index.items()} | dict(test=raw["test_labels"]),
-                   binarise, keep=dict(train=n_train, test=n_test), source=source, pixels=same)
+                   binarise, keep=dict(train=n_train, test=n_test), flat=flat, source=source, pixels=same)
 
 # %% ../../nbs/01_data/02_images.ipynb #bd0a345a
 def read_idx(path) -> np.ndarray:
@@ -175,9 +178,10 @@ MNIST_IDX = (_idx("train-images-idx3-ubyte.gz", "6bbc9ace898e44ae57da46a324031ad
 def mnist(n_train: int | None = None,   # default: 50,000
           n_test: int | None = None,    # default: 10,000
           binarise=True,                # True: train drawn at each visit; "fixed": drawn once; False: grey
+          flat: bool = False,           # vectors [N, 784] in place of pictures
           data_dir=None, download: bool = True) -> Dataset:
     "Handwritten digits, 28x28, 50,000 / 10,000 / 10,000; validation is the last 10,000 of the training file."
     paths = obtain("mnist", ((MNIST_NPZ,), MNIST_IDX), data_dir, download)
     raw = read_npz(paths[0]) if len(paths) == 1 else dict(zip(("train", "train_labels", "test", "test_labels"), map(read_idx, paths)))
     cut = lambda key: dict(train=raw["train" + key][:50_000], valid=raw["train" + key][50_000:], test=raw["test" + key])
-    return _images("mnist", {k: x.astype(np.float32) / 255 for k, x in cut("").items()}, cut("_labels"), binarise, keep=dict(train=n_train, test=n_test), source="original order")
+    return _images("mnist", {k: x.astype(np.float32) / 255 for k, x in cut("").items()}, cut("_labels"), binarise, keep=dict(train=n_train, test=n_test), flat=flat, source="original order")
