@@ -7,6 +7,7 @@ __all__ = ['metric_generator', 'some', 'encode_both', 'training_items', 'as_inpu
            'evaluate']
 
 # %% ../../nbs/10_metrics/05_evaluate.ipynb #5d276506
+from functools import partial
 import math
 import zlib
 
@@ -18,8 +19,8 @@ from ..gaussian import DiagGaussian
 from .activity import active_units, activity, reencoding_error, sample_x
 from .as_published import ap_active_units, ap_density_coverage, ap_mi, ap_nll
 from .information import mutual_information, mutual_posterior_divergence
-from .likelihood import (decoder_use_gap, encode_all, evaluating, fit_prior, named_priors, neg_elbo_parts, nll_iw_all,
-                                      noise, standard_error)
+from .likelihood import (decoder_use_gap, encode_all, evaluating, fit_prior, named_priors, neg_elbo_parts, nll_iw_adaptive_all,
+                                      nll_iw_all, noise, standard_error)
 from .samples import PCAFeatures, density_coverage, features as raw_features
 
 # %% ../../nbs/10_metrics/05_evaluate.ipynb #7b38d84f
@@ -81,16 +82,26 @@ def _likelihoods(model, x, q, priors, n_samples, chunk, generator) -> dict:
     row = {_nll(name): float(v.double().mean()) for name, v in nll.items()}
     return nll, row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(n_samples), "nll_items": float(len(x))}
 
+def _likelihoods_to(target, model, x, q, priors, n_samples, chunk, generator) -> dict:
+    found = nll_iw_adaptive_all(model, x, priors, target, first=min(32, n_samples), max_samples=n_samples, generator=generator, chunk=chunk, q=q)
+    nll, own = {name: f.nll for name, f in found.items()}, found["standard"]
+    row = {_nll(name): float(v.double().mean()) for name, v in nll.items()}
+    return nll, row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(own.samples.double().mean()), "nll_items": float(len(x)),
+                       "nll_item_se": float(own.se.double().square().mean().sqrt()), "nll_pilot": float(own.pilot.double().mean()), "nll_capped": own.capped}
+
 def _elbo(model, x, q, charged, batch, generator) -> dict:
     parts = list(neg_elbo_parts(model, x, generator, q=q, charged=charged, batch=batch).values())
     rec, kl, fed = (float(v.double().sum(0).sum()) / len(x) for v in parts)
     items = parts[0].double() + parts[2].double().flatten(1).sum(1)
     return items, {"rec": rec, "kl": kl, "kl_fed": fed, "neg_elbo": rec + fed, "objective": rec + kl}
 
+def _units(q, charged) -> dict:
+    if not q.shape[-1]: return {"activity": [], "au": 0., "au_0.1": 0., "au_charged": 0.}      # PyTorch warns of a variance of nothing
+    return {"activity": activity(q.mean).tolist(), "au": float(active_units(q.mean)), "au_0.1": float(active_units(q.mean, 0.1)), "au_charged": float(active_units(charged.mean))}
+
 def _codes(q, charged, pool, generator) -> dict:
     mi = mutual_information(q[pool], generator=generator)
-    return {"mi": mi.value, "mi_ceiling": mi.ceiling, "mi_upper": mi.upper, "mi_saturated": float(mi.saturated), "activity": activity(q.mean).tolist(),
-            "au": float(active_units(q.mean)), "au_0.1": float(active_units(q.mean, 0.1)), "au_charged": float(active_units(charged.mean)), "mpd": mutual_posterior_divergence(q)}
+    return {"mi": mi.value, "mi_ceiling": mi.ceiling, "mi_upper": mi.upper, "mi_saturated": float(mi.saturated)} | _units(q, charged) | {"mpd": mutual_posterior_divergence(q)}
 
 def _published(model, x, n_samples, generator, rows: int = 500) -> dict:
     "What the model's methods say that their papers printed: mean over items, under the method's own names. None of it is a bound."
@@ -102,6 +113,7 @@ def _published(model, x, n_samples, generator, rows: int = 500) -> dict:
     return {name: v / len(x) for name, v in total.items()}
 
 def _reencode(model, x, q, few, batch, generators) -> dict:
+    if not q.shape[-1]: return {}
     try: return {"reencode": reencoding_error(model, x, generators("reencode"), q=q, batch=batch),
                  "reencode_sample": reencoding_error(model, x[few], generators("reencode sample"), "sample", q=q[few], batch=batch)}
     except NotImplementedError: return {}      # a decoder without a mean, such as one of text
@@ -118,15 +130,15 @@ def published_row(
     squared_error: bool = False,
     weighted: bool = True,
     k: int = 5,
-    samples: bool = True,   # density and coverage too
+    samples: bool = True,   # density and coverage too; they are of codes, and missing where a model has none
     nll: bool = True        # and the NLL, the dearest of them
 ) -> dict:
     """The critics study's metrics, by its own formulas, as `ap_...` columns. Its MI is that of He et al. (2019), which the NE-VAE and
     Scale-VAE studies print too; their other numbers are the strict ones."""
     row = {"ap_mi": ap_mi(q, batch, generator=generators("ap_mi"), weighted=weighted),
-           "ap_au": float(ap_active_units(q.rsample(noise(q.shape, q.mean, generators("ap_au")))))}
+           "ap_au": float(ap_active_units(q.rsample(noise(q.shape, q.mean, generators("ap_au"))))) if q.shape[-1] else 0.}
     if nll: row["ap_nll"] = ap_nll(model, x, batch, n_samples, squared_error=squared_error, generator=generators("ap_nll"), q=q, charged=charged)
-    if samples: row["ap_density"], row["ap_coverage"] = ap_density_coverage(model, x, k=k, generator=generators("ap_samples"), q=q)
+    if samples and q.shape[-1]: row["ap_density"], row["ap_coverage"] = ap_density_coverage(model, x, k=k, generator=generators("ap_samples"), q=q)
     return row
 
 # %% ../../nbs/10_metrics/05_evaluate.ipynb #bb4b56b9
@@ -134,7 +146,8 @@ def evaluate(
     model,                  # a Trained, or anything that looks like one
     data,                   # has train and test; perhaps binarise and batch
     *,
-    n_samples: int = 100,   # importance samples
+    n_samples: int = 100,   # importance samples; with nll_target the most for an item
+    nll_target: float | None = None,    # standard error of each item's NLL that is aimed at, nats; None: n_samples for all
     n_nll: int | None = None,   # test items for the likelihood; None: all
     n_pool: int | None = None,  # test items in the pool of MI, density and coverage; None: all
     n_fit: int | None = 20_000, # training items for the matched prior and the feature space
@@ -153,7 +166,8 @@ def evaluate(
     charged, q = encode_both(model, x, batch)
     few, pool = (some(len(x), n, seed, name).to(device) for n, name in ((n_nll, "nll items"), (n_pool, "pool")))
     priors = named_priors(model) | {"matched": fit_prior(model, train, batch)}
-    nll, row = _likelihoods(model, x[few], q[few], priors, n_samples, chunk, gen("nll"))
+    likelihoods = _likelihoods if nll_target is None else partial(_likelihoods_to, nll_target)
+    nll, row = likelihoods(model, x[few], q[few], priors, n_samples, chunk, gen("nll"))
     bound, parts = _elbo(model, x, q, charged, batch, gen("elbo"))
     if len(few) < len(x): row |= _whole(bound, few, nll)
     row |= parts | _codes(q, charged, pool, gen("mi")) | _reencode(model, x, q, some(len(x), n_sample, seed, "reencode sample").to(device), batch, gen)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gaussian import DiagGaussian, _pair_terms, log_aggregate, logsumexp_safe
-from .likelihood import noise
+from .likelihood import aggregate_moments, noise
 
 # %% ../../nbs/10_metrics/01_information.ipynb #2b355bd3
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ def log_others(
 
 def gaussian_upper(q: DiagGaussian) -> float:
     "Equation 3: mutual information of a pool of posteriors can be no larger, in nats."
-    mean, logvar = q.mean.double(), q.logvar.double()
-    v = mean.var(0, correction=0) + logvar.exp().mean(0)
-    return float(0.5 * (v.log() - logvar.mean(0)).sum())
+    _, v = aggregate_moments(q)
+    return float(0.5 * (v.log() - q.logvar.double().mean(0)).sum())
 
 # %% ../../nbs/10_metrics/01_information.ipynb #87337bd5
 def mutual_information(
