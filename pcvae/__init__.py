@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 _home = dict(
     DiagGaussian="gaussian", VAE="models.vae", Method="method", Trained="method",
     Run="studies", Study="studies", run_study="studies",
-    load="data", evaluate="metrics.evaluate", audit="metrics.audit",
+    load="data", evaluate="metrics.evaluate", audit="metrics.audit", diagnose="diagnosis",
 )
 
 

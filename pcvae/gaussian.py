@@ -104,5 +104,6 @@ def log_aggregate(
     "log-density of the aggregate posterior of the pool, in row blocks (no gradient)."
     left, right, row = _pair_terms(z, q)
     rows = max(1, block // len(q))
-    out = [logsumexp_safe(torch.addmm(row, part, right), inplace=True) for part in left.split(rows)]
+    buffer = left.new_empty(min(rows, len(z)), len(q))          # one block for all: fresh ones fragment the memory
+    out = [logsumexp_safe(torch.addmm(row, part, right, out=buffer[:len(part)]), inplace=True) for part in left.split(rows)]
     return torch.cat(out) - math.log(len(q))

@@ -46,8 +46,8 @@ def enough_digits(z: Tensor, q: DiagGaussian) -> tuple:
     "Both in float64 where the expanded squares of `pairwise_log_prob` would cancel in float32: single stds far below the spread of the means."
     if not q.shape[-1]: return z.double(), q.to(torch.float64)      # a model without a code
     worst = ((q.mean - q.mean.mean(0)) ** 2 * (-q.logvar).exp()).max()
-    dtype = torch.float64 if worst > 3e5 else q.mean.dtype
-    return z.to(dtype), q.to(dtype)
+    dtype, centre = torch.float64 if worst > 3e5 else q.mean.dtype, q.mean.double().mean(0)     # a common offset would cost digits of its own
+    return (z.double() - centre).to(dtype), DiagGaussian(q.mean.double() - centre, q.logvar).to(dtype)
 
 @torch.no_grad()
 def log_others(
@@ -57,12 +57,14 @@ def log_others(
 ) -> Tensor:                # log sum_{j != i} q_j(z_i), [N]
     "Density of each code under the sum of all posteriors but its own."
     left, right, row = _pair_terms(*enough_digits(z, q))
-    rows, out = max(1, block // len(q)), []
+    rows = max(1, block // len(q))
+    buffer, out = left.new_empty(min(rows, len(z)), len(q)), left.new_empty(len(z))     # one block for all: fresh ones fragment the memory
     for i in range(0, len(z), rows):
-        a = torch.addmm(row, left[i:i + rows], right)
+        part = left[i:i + rows]
+        a = torch.addmm(row, part, right, out=buffer[:len(part)])
         a.diagonal(i).fill_(-math.inf)
-        out.append(logsumexp_safe(a, inplace=True))
-    return torch.cat(out)
+        out[i:i + rows] = logsumexp_safe(a, inplace=True)
+    return out
 
 def gaussian_upper(q: DiagGaussian) -> float:
     "Equation 3: mutual information of a pool of posteriors can be no larger, in nats."
