@@ -40,6 +40,11 @@ METHODS = {
     "MAE": [[("MAE", {"diversity": 4., "free_bits": .5})]],
     "SAVAE": [[("SAVAE", {"steps": 2})]],
     "Aggressive": [[("Aggressive", {"max_inner": 4, "check_every": 2, "max_epochs": 2})]],
+    "GECO": [[("GECO", {"threshold": 1., "rate": .05})]],
+    "InfoVAE": [[("InfoVAE", {"alpha": .9, "weight": 5.})]],
+    "IWAE": [[("IWAE", {"samples": 4})], [("BatchNormMean", {"gamma": 1.}), ("IWAE", {"samples": 4, "dreg": True})]],
+    "LatentReconstruction": [[("LatentReconstruction", {"weight": 10.})]],
+    "VampPrior": [[("VampPrior", {"components": 3})]],
 }
 ENTRY = "has no certificate: add a line for it to METHODS in tests/test_certificate.py, with arguments under which it does something"
 

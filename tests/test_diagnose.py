@@ -163,7 +163,7 @@ def test_only_the_state_at_hand_is_mentioned(name):
 
 
 def test_advice_names_methods_that_exist():
-    import pcvae.critics, pcvae.inference, pcvae.neighbors, pcvae.scaling, pcvae.schedules     # noqa: E401, F401: fills the registry
+    import pcvae.critics, pcvae.inference, pcvae.neighbors, pcvae.scaling, pcvae.schedules     # noqa: E401, F401 (fills the registry)
     states = [SimpleNamespace(kl_total=v) for v in (0., 10.)]
     words = {w for advice in ADVICE.values() for s in states for w in advice(s).replace(",", " ").replace(".", " ").split() if w[0].isupper()} - {"KL"}
     assert words and words <= set(Method.registry)

@@ -1,3 +1,3 @@
 "Networks. Importing the package registers every model builder."
-from . import conv, lstm, mlp, pixelcnn, resnet
+from . import conv, lipschitz, lstm, mlp, pixelcnn, resnet
 from .vae import MODELS, VAE, Bernoulli, Decoder, Encoder, Likelihood, Normal, build_model, model_builder

@@ -23,7 +23,7 @@ def mlp(
     latent_dim: int,                # dimensions of z
     hidden: tuple = (8,),           # widths of the encoder's hidden layers; the decoder has them in reverse
     likelihood: str = "normal",     # 'normal' or 'bernoulli'
-    variance: float = 0.5           # of the normal likelihood
+    variance: float | str = 0.5     # of the normal likelihood; 'learned': one parameter, beginning at 1
 ) -> VAE:
     "A VAE of two perceptrons for vectors."
     if not hidden: raise ValueError("an mlp needs at least one hidden layer, e.g. hidden=(8,)")

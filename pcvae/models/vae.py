@@ -44,18 +44,24 @@ def full(t: Tensor) -> Tensor:
 
 class Likelihood(nn.Module):
     "Turns a network's output into p(x|z)."
-    def __init__(self, kind: str = "normal", event_shape: tuple = (1,), variance: float = 1.):
+    def __init__(self, kind: str = "normal", event_shape: tuple = (1,), variance: float | str = 1.):
         super().__init__()
         if kind not in LIKELIHOODS: raise unknown("likelihood", kind, LIKELIHOODS)
+        self.kind, self.event_shape, self.learned = kind, tuple(event_shape), variance == "learned"
+        if self.learned: return self._learn()
+        if isinstance(variance, str): raise unknown("variance", variance, ("learned",))
         if not variance > 0: raise ValueError(f"the variance of a likelihood must be positive, got {variance!r}")
-        self.kind, self.event_shape = kind, tuple(event_shape)
         self.register_buffer("var", torch.tensor(float(variance)))   # a buffer, so that runs with different variances can be stacked
+
+    def _learn(self):
+        if self.kind == "bernoulli": raise ValueError("a Bernoulli likelihood has no variance to learn; leave variance='learned' out")
+        self.log_var = nn.Parameter(torch.zeros(()))        # begins at a variance of 1
 
     def forward(self, out: Tensor):
         "Network output [..., *event] to a distribution."
         n, out = len(self.event_shape), full(out)
         if self.kind == "bernoulli": return Bernoulli(out, n)
-        return Normal(out.sigmoid() if self.kind == "sigmoid_normal" else out, self.var, n)
+        return Normal(out.sigmoid() if self.kind == "sigmoid_normal" else out, self.log_var.exp() if self.learned else self.var, n)
 
     def check(self, x: Tensor) -> None:
         "Raise ValueError unless every item of x has the right shape and lies in the support."

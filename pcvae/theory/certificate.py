@@ -116,7 +116,8 @@ def exact_figures(
     rec, average = -(weight @ log_px), lambda log_w: -mean_log_average(log_w, weight, n_samples)
     out = {"p(x)": ("exact", -(weight.log()[:, None] + world.log_prob(world.symbols, at(world.prior)).double()).logsumexp(0))}
     for name, p in priors.items():
-        out[_named("neg_elbo", name)] = "bound", rec + q.kl(p).double().sum(-1)
+        kl = q.kl(p).double().sum(-1) if hasattr(p, "logvar") else weight @ (log_q - p.log_prob(z).double())       # a mixture has no closed form
+        out[_named("neg_elbo", name)] = "bound", rec + kl
         out[_named("nll", name)] = "bound", average(log_px + p.log_prob(z).double() - log_q)
     return out | {"objective": ("loss", rec + own), "loss": ("loss", rec + training_kl(world, ctx)), "ap_nll": ("as published", average(log_px) + own)}
 
