@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'SCALES', 'FORMAT', 'STUDIES', 'pack_pictures', 'unpack_pictures', 'walks', 'search', 'means', 'labels',
-           'length', 'generation', 'spectrum', 'truth', 'check_evaluation', 'Run', 'RowError', 'row_path', 'write_row',
-           'read_row', 'project_root', 'process_pool', 'default_device', 'environment', 'constant_references',
-           'keep_memory', 'prepare', 'judged', 'execute', 'trained', 'Study', 'run_study', 'study', 'get_study']
+           'length', 'generation', 'truth', 'check_evaluation', 'Run', 'RowError', 'row_path', 'write_row', 'read_row',
+           'project_root', 'process_pool', 'default_device', 'environment', 'constant_references', 'keep_memory',
+           'prepare', 'judged', 'execute', 'trained', 'Study', 'run_study', 'study', 'get_study']
 
 # %% ../nbs/12_studies.ipynb #4e5b5a64
 import base64
@@ -95,12 +95,6 @@ def generation(view, data, judge, n: int = 10_000, seed: int = 0) -> dict:
     "Generated sentences by n-grams, and by their perplexity under `judge`: in a run's evaluation the description of the language model's run."
     return generation_row(view, judge, data, n, seed=seed)
 
-def spectrum(view, data) -> dict:
-    "The two eigenvalues of the training items that decide whether the collapsed state holds (`pcvae.theory.threshold`); for a Gaussian decoder at variance 1."
-    from pcvae.theory.threshold import bernoulli_spectrum, gaussian_spectrum
-    top = bernoulli_spectrum(data.train) if view.model.decoder.likelihood.kind == "bernoulli" else gaussian_spectrum(data.train, 1.)
-    return {"first": float(top[0]), "second": float(top[1])}
-
 def truth(view, data, n: int = 200) -> dict:
     "For a language model on `synthetic_text`: -log p of the generator itself, exact on n test sentences and carried over to all by the difference to the model."
     if view.prior.shape[-1]: raise ValueError(f"probe 'truth' is for a language model, whose NLL is exact; this model has a code of {view.prior.shape[-1]} dimensions")
@@ -109,7 +103,7 @@ def truth(view, data, n: int = 200) -> dict:
     gap = own[few] + exact_log_prob(data.test.cpu()[few], data.info["generator"])
     return {"nll": float(own.mean() - gap.mean()), "se": standard_error(gap), "items": len(few)}
 
-PROBES = {"walks": walks, "search": search, "means": means, "labels": labels, "length": length, "generation": generation, "truth": truth, "spectrum": spectrum}
+PROBES = {"walks": walks, "search": search, "means": means, "labels": labels, "length": length, "generation": generation, "truth": truth}
 
 def check_evaluation(evaluation: dict) -> None:
     "Raise ValueError for an argument of `evaluate` or of a probe that does not exist."
