@@ -92,7 +92,7 @@ def token_log_prob(
     cpu = h.device.type == "cpu"
     if not cpu: chunk = 16 * chunk
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad): return _TokenLogProb.apply(h, weight, y, chunk, cpu)
-    w, chunk = weight.to(h.dtype), max(64, min(chunk, 2 ** 20 // len(weight))) if cpu else chunk    # 4 MiB of logits
+    w, chunk = weight.to(h.dtype), max(64, min(chunk, 2 ** 21 // len(weight))) if cpu else chunk    # 8 MiB of logits
     return torch.cat([_one_chunk(h[i:i + chunk], w, y[i:i + chunk])[2] for i in range(0, len(h), chunk)])
 
 # %% ../../nbs/02_models/05_lstm.ipynb #8ece671d
