@@ -114,6 +114,8 @@ def test_seeds_that_agree_to_the_last_bit():
 def test_copied_rows():
     found = audit([own(0), {**own(0), "id": "other", "run": {**own(0)["run"], "methods": []}}])
     assert list(found.frame["check"]) == ["rows differ"]
+    twice = {**own(0), "id": "again", "run": {**own(0)["run"], "evaluation": {"n_samples": 7}}}
+    assert not len(audit([own(0), twice])), "one training, evaluated twice, is no copy"
 
 
 def test_nan_in_a_finished_row(): assert list(audit([own(mi=float("nan"))]).frame["verdict"]) == ["impossible"]
