@@ -52,6 +52,7 @@ SETTINGS = {    # data, network, epochs of warm-up, recipe
     "yelp": ({"name": "yelp"}, dict(latent_dim=32, embedding=512, hidden=1024, max_len=200), 10.,
              Recipe(100, 32, "sgd", 1., clip=5., select="best", plateau=5, plateau_from=15, max_halvings=5, dtype="bfloat16"))}
 
+# %% ../../nbs/papers/scale_vae.ipynb #ea7acd0e
 def text_run(setting: str, model, methods, seed: int, scale: str, samples=(50, 500), recipe: dict = {}, plan: str = "", probes: dict = {}) -> Run:
     "A run on one of the SETTINGS; `samples`: importance samples, test sentences."
     data, network, _, how = SETTINGS[setting]
@@ -60,6 +61,7 @@ def text_run(setting: str, model, methods, seed: int, scale: str, samples=(50, 5
     evaluation = dict(n_samples=samples[0], n_nll=samples[1], batch=256, as_published={"batch": 32, "samples": False, "nll": False}) | ({"probes": probes} if probes else {})
     return Run(data | ({"plan": plan} if plan else {}), net, methods, Recipe(**(vars(how) | recipe)), evaluation, seed, scale)
 
+# %% ../../nbs/papers/scale_vae.ipynb #8b3144f8
 def rows_of(setting: str, scale: str) -> dict:
     "`text_methods` of a setting; its own first, then those that it has for Yelp only."
     both = [text_methods(SETTINGS[setting][2], scale, yelp) for yelp in (setting == "yelp", setting != "yelp")]
@@ -78,6 +80,7 @@ def text_table(table: str, setting: str, scale: str, seeds, labels=None, samples
     make = lambda m, ms, s: text_run(setting, m, ms, s, scale, samples, probes={k: v for k, v in probes.items() if (k == "truth") == (m == "lm")})
     return Study(PAPER, table, scale, {k: [make(m, ms, s) for s in seeds(k)] for k, (m, ms) in chosen.items()}, note)
 
+# %% ../../nbs/papers/scale_vae.ipynb #77c09102
 SHORT = ("LSTM-LM", "VAE", "BN-VAE(0.6)", "Scale-VAE(1.1, 1)")
 
 @study(PAPER, "synthetic")
@@ -103,6 +106,7 @@ def table1_yelp(scale: str = "full", seeds=None) -> Study:
     if scale == "full": return text_table("table1_yelp", "yelp", scale, lambda k: seeds or (0,), samples=(100, 1000))
     return Study(PAPER, "table1_yelp", scale, {}, "runs at full scale only")
 
+# %% ../../nbs/papers/scale_vae.ipynb #0f3dd803
 def grid(setting: str, points, scale: str, seeds, samples, note: str = "") -> Study:
     "Scale-VAE at points (des_std, f_epochs)."
     warm = LinearWarmup(SETTINGS[setting][2])
@@ -118,6 +122,7 @@ def table3(scale: str = "quick", seeds=None) -> Study:
     setting = f"synthetic {scale}"
     return grid(setting, [(0.3, 1), (1.1, 1)] if scale == "quick" else [(1.1, 1)], scale, seeds, (50, 100) if scale == "quick" else (2, 10), "He et al.'s synthetic sentences in place of Yahoo")
 
+# %% ../../nbs/papers/scale_vae.ipynb #c1a8f1e0
 LABELLED = ("VAE", "beta-VAE(0.4)", "Free-Bits(0.1)", "delta-VAE(0.1)", "Agg-VAE", "MAE(2, 0.2)", "BN-VAE(0.6)", "DU-VAE(0.5, 0.8)", "Scale-VAE(0.7, 1)")
 
 @study(PAPER, "table4")
@@ -139,6 +144,7 @@ def table5(scale: str = "quick", seeds=None) -> Study:
     judge = text_run(setting, "lm", [], 0, scale).to_dict() | {"evaluation": {}}
     return text_table("table5", setting, scale, lambda k: seeds or (0,), ("VAE", "BN-VAE(0.6)", "Scale-VAE(1.1, 1)"), (2, 20), note, {"generation": {"judge": judge, "n": n}})
 
+# %% ../../nbs/papers/scale_vae.ipynb #7664b69e
 @study(PAPER, "ptb")
 def ptb(scale: str = "quick", seeds=None) -> Study:
     "Penn Treebank, which the slides do not have: five rows and the self critic; at `small` only."
