@@ -13,7 +13,8 @@ __all__ = ['BUSY', 'PATHS', 'SMALL_PIXELCNN', 'SMALL_TEXT', 'CHECKOUTS', 'BIG', 
            'pixelcnn_sampling', 'text_model', 'plain_posterior', 'plain_sentences', 'plain_text_loss', 'text_step',
            'plain_text_nll', 'text_nll', 'Uneven', 'fixed_to', 'adaptive_nll', 'packages', 'lagging_mi', 'report_mi',
            'add_checkout', 'noise_images', 'noise_text', 'big_step', 'show_big', 'fresh', 'memory_of', 'measure',
-           'bench_rows', 'run_bench', 'large', 'show_large', 'failed', 'load_line', 'show_row', 'run_large', 'main']
+           'bench_rows', 'run_bench', 'bench_table', 'read_calls', 'large', 'show_large', 'failed', 'load_line',
+           'show_row', 'run_large', 'main']
 
 # %% ../nbs/20_bench.ipynb #84b1c573
 import contextlib
@@ -746,6 +747,36 @@ def run_bench(
     if repeats < 1: raise ValueError(f"repeats={repeats!r} should be at least 1")
     return pd.DataFrame(list(bench_rows([only] if only else list(PATHS), repeats, sizes, memory)), columns=list(COLUMNS)).astype({"met": object, "equal": object})
 
+# %% ../nbs/20_bench.ipynb #70ababd8
+def _span(values, form: str) -> str:
+    "'3.1 to 3.4', or one number where they print alike."
+    found = [format(v, form) for v in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(found))
+
+def bench_table(
+    calls: list     # of lists of rows, one list a call
+) -> str:           # Markdown
+    "Each path over several calls: range of its ratio, goal, and where the goal was met."
+    by_name = {}
+    for r in (r for rows in calls for r in rows if r.get("ratio") is not None): by_name.setdefault(r["name"], []).append(r)
+    lines = ["| path | beside | ratio | goal | met | CPU s | extra MiB | its MiB |", "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |"]
+    for name, rows in by_name.items():
+        met = [r["met"] for r in rows]
+        memory = [_span(values, ".0f") if (values := [r[k] for r in rows if r[k] is not None]) else "" for k in ("memory", "peer_memory")]
+        lines.append(f"| `{name}` | {rows[0]['peer']} | {_span([r['ratio'] for r in rows], '.3g')} | {rows[0]['goal']:g} | {sum(m is True for m in met)} of {len(met)} | "
+                     f"{_span([r['cpu'] for r in rows], '.2g')} | {memory[0]} | {memory[1]} |")
+    others = [r["others"] for rows in by_name.values() for r in rows if r["others"] is not None]
+    load = f"; other processes used {_span(others, '.2f')} cores meanwhile" if others else ""
+    return "\n".join([*lines, "", f"{len(calls)} calls of `pcvae bench`, one thread, CPU seconds{load}"])
+
+def read_calls(paths) -> list:
+    "What `--json` wrote, a list of rows a file; ValueError where a file is something else."
+    calls = []
+    for path in map(Path, paths):
+        try: calls.append([r for line in path.read_text().splitlines() if "ratio" in (r := json.loads(line))])
+        except (ValueError, TypeError) as e: raise ValueError(f"--table {path}: not what `pcvae bench --json` writes ({e})") from e
+    return calls
+
 # %% ../nbs/20_bench.ipynb #0da1d66d
 def _large_mi(n: int = 60_000): q, z = trained_like(n, 32); return lambda: mutual_information(q, z=z)
 
@@ -812,9 +843,13 @@ def main(argv=None) -> int:
     p.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PATHS)}")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="calls of each form, of which the median counts (default 3)")
     p.add_argument("--peer-dir", action="append", default=[], metavar="DIR", help="a checkout of a paper's code to put beside ours")
+    p.add_argument("--table", nargs="+", metavar="FILE", help="measure nothing: a table of what --json wrote on several calls")
     p.add_argument("--large", action="store_true", help="only the memory of three large evaluations, in minutes")
     args, rows = p.parse_args(argv), []
     if args.large: return run_large(args.json)
+    if args.table:
+        with usage(): print(bench_table(read_calls(args.table)))
+        return 0
     with usage():
         for root in args.peer_dir: add_checkout(root)
         if args.only is not None and args.only not in PATHS: raise unknown("path", args.only, PATHS)
