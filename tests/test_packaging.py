@@ -129,10 +129,15 @@ def sources_of(module):
     return [homes[module]] if module in homes else [p for m, p in homes.items() if m.startswith(module + ".")]
 
 
+def place(path):
+    "Where a notebook stands in the order of reading: by name, but the leaderboard after the papers whose rows it borrows."
+    return path.name == "leaderboard.ipynb", path.relative_to(nbs)
+
+
 @every_notebook
 def test_notebook_imports_only_from_earlier_ones(path):
     for module in {m for code in exported_cells(path) for m in imported(code)}:
-        late = [p.relative_to(nbs).as_posix() for p in sources_of(module) if p.relative_to(nbs) >= path.relative_to(nbs)]
+        late = [p.relative_to(nbs).as_posix() for p in sources_of(module) if place(p) >= place(path)]
         assert not late, f"{path.relative_to(nbs)} imports {module}, which comes from {late}"
 
 
