@@ -28,7 +28,7 @@ setup(
     package_data={"pcvae.published": ["*.csv"]},
     include_package_data=False,
     install_requires=c["requirements"].split(),
-    extras_require={name: c[f"{name}_requirements"].split() for name in ("dev", "bench", "dask", "slurm")},
+    extras_require={name: c[f"{name}_requirements"].split() for name in ("dev", "bench", "batch")},
     entry_points={"console_scripts": c["console_scripts"].split()},
     zip_safe=False,
 )

@@ -8,13 +8,13 @@ __all__ = ['BUSY', 'PATHS', 'SMALL_PIXELCNN', 'SMALL_TEXT', 'CHECKOUTS', 'BIG', 
            'judge', 'peak_memory', 'reset_peak', 'extra_memory', 'Job', 'HotPath', 'path', 'trained_like', 'agree',
            'broadcast_log_aggregate', 'mi', 'same_counts', 'density_coverage', 'plain_diagnosis', 'diagnose',
            'broadcast_critic', 'critic_step', 'self_critic', 'plain_elbo', 'LoaderLoop', 'loss_and_gradients',
-           'toy_epoch', 'as_pythae', 'mlp_epoch', 'warm_pixelcnn', 'plain_pixel_loss', 'pixel_loss', 'pixel_step',
-           'agree_where_alive', 'pixelcnn_step', 'conv_step', 'noise_for', 'wrong_pixels', 'small_images_agree',
-           'pixelcnn_sampling', 'text_model', 'plain_posterior', 'plain_sentences', 'plain_text_loss', 'text_step',
-           'plain_text_nll', 'text_nll', 'Uneven', 'fixed_to', 'adaptive_nll', 'packages', 'lagging_mi', 'report_mi',
-           'add_checkout', 'noise_images', 'noise_text', 'big_step', 'show_big', 'fresh', 'memory_of', 'measure',
-           'bench_rows', 'run_bench', 'bench_table', 'read_calls', 'large', 'show_large', 'failed', 'load_line',
-           'show_row', 'run_large', 'main']
+           'toy_epoch', 'as_pythae', 'mlp_epoch', 'toy_stacked', 'warm_pixelcnn', 'plain_pixel_loss', 'pixel_loss',
+           'pixel_step', 'agree_where_alive', 'pixelcnn_step', 'conv_step', 'noise_for', 'wrong_pixels',
+           'small_images_agree', 'pixelcnn_sampling', 'text_model', 'plain_posterior', 'plain_sentences',
+           'plain_text_loss', 'text_step', 'plain_text_nll', 'text_nll', 'Uneven', 'fixed_to', 'adaptive_nll',
+           'packages', 'lagging_mi', 'report_mi', 'add_checkout', 'noise_images', 'noise_text', 'big_step', 'show_big',
+           'fresh', 'memory_of', 'measure', 'bench_rows', 'run_bench', 'bench_table', 'read_calls', 'large',
+           'show_large', 'failed', 'load_line', 'show_row', 'run_large', 'main']
 
 # %% ../nbs/20_bench.ipynb #84b1c573
 import contextlib
@@ -56,6 +56,7 @@ from .models.conv import conv
 from .models.lstm import BOS, EOS, lstm
 from .models.mlp import mlp
 from .models.pixelcnn import dense_form, generate_naive, is_on, pixelcnn
+from .stacked import Stack
 from .training import Recipe, Trainer, compiled, throughput
 
 # %% ../nbs/20_bench.ipynb #9ac41cba
@@ -395,6 +396,29 @@ def mlp_epoch(n: int = 1000, batch: int = 100, latent_dim: int = 16) -> Job:
         a, b = (float(v.detach()) for v in losses())
         return abs(a - b) < 1e-5 * abs(b), f"loss {b:.4f} and {a:.4f}"
     return Job(ours, theirs, equal, flops=operations(lambda: objective(model, [], x[:batch], Ctx())[0].backward()) * n / batch)
+
+# %% ../nbs/20_bench.ipynb #ea89d4b5
+@path(peer="per-sample DataLoader loop", goal=8, tiny=dict(models=3, steps=2, batch=32, n=50))
+def toy_stacked(models: int = 9, steps: int = 10, batch: int = 1024, n: int = 2000) -> Job:
+    "`steps` training steps of each of `models` toys."
+    whole = gmm(n)
+    data = replace(whole, train=whole.train[:steps * batch], labels={})
+    recipe = Recipe(epochs=1, batch=batch, optimizer="adamw", lr=2e-4, weight_decay=0.01)
+    def trainer(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Trainer(mlp(16, 4), [], data, recipe, seed)
+    stack, loop = Stack([trainer(s) for s in range(models)]), LoaderLoop(trainer(0).model, data.train, recipe)
+    def ours():
+        for t in stack.trainers: t.batch_index = 0
+        stack.run_epoch(math.inf)
+    def equal(*_):
+        together, alone = [trainer(s) for s in range(models)], [trainer(s) for s in range(models)]
+        Stack(together).run_epoch(math.inf)
+        for t in alone: t._run_epoch(math.inf)
+        error = max(float((a - b).detach().abs().max()) for t, o in zip(together, alone) for a, b in zip(t.model.parameters(), o.model.parameters()))
+        return error < 1e-5, f"weights after an epoch of {steps} steps within {error:.0e} of those of {models} runs alone"
+    return Job(ours, loop.epoch, equal, share=1 / models)
 
 # %% ../nbs/20_bench.ipynb #269fb27a
 def warm_pixelcnn(batch: int, **network) -> tuple:

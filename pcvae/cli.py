@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BEYOND', 'SCALES', 'OPTIONS', 'FORESEEN', 'papers', 'subjects', 'home', 'tables', 'checkout', 'folder', 'shown',
-           'notebook', 'Usage', 'Parser', 'usage', 'parse_seeds', 'wanted_tables', 'check_positive', 'check_reproduce',
-           'runs_folder', 'one_study', 'train_rows', 'parse_value', 'check_parameters', 'notebook_parameters',
-           'run_notebook', 'unfinished', 'run_notebooks', 'reproduce', 'all_runs', 'list_runs', 'run_audit',
-           'show_data', 'commands', 'parser', 'dispatch', 'main']
+           'notebook', 'Usage', 'Parser', 'usage', 'parse_seeds', 'wanted_tables', 'check_positive', 'default_workers',
+           'check_reproduce', 'runs_folder', 'one_study', 'train_rows', 'parse_value', 'check_parameters',
+           'notebook_parameters', 'run_notebook', 'unfinished', 'run_notebooks', 'reproduce', 'all_runs', 'list_runs',
+           'run_audit', 'show_data', 'commands', 'parser', 'dispatch', 'main']
 
 # %% ../nbs/14_cli.ipynb #358743bd
 import argparse
@@ -26,7 +26,7 @@ import pcvae
 from .checks import unknown
 
 # %% ../nbs/14_cli.ipynb #9aa58bc9
-BEYOND = {"threshold": "pcvae.theory.threshold"}       # studies of no paper, and their modules
+BEYOND = {"threshold": "pcvae.theory.threshold", "leaderboard": "pcvae.leaderboard"}      # studies of no paper, and their modules
 
 def papers() -> list[str]:
     "Names of the papers there are, without importing them."
@@ -102,6 +102,14 @@ def wanted_tables(paper: str, only: str | None) -> list[str]:
 def check_positive(name: str, value):
     if value is not None and not value > 0: raise ValueError(f"{name} should be more than 0, got {value}; leave it out for the default")
 
+# %% ../nbs/14_cli.ipynb #9ecc547e
+def default_workers(device: str) -> int:
+    "One process for each GPU that was named or is there; on a CPU two, where it has two cores."
+    if "cuda" not in device: return min(2, os.cpu_count() or 1)
+    if device != "cuda": return len(device.split(","))
+    import torch
+    return max(1, torch.cuda.device_count())
+
 def check_reproduce(args) -> list[str]:
     "The papers asked for; ValueError, RuntimeError or FileNotFoundError where an argument makes no sense."
     known = subjects()
@@ -112,9 +120,11 @@ def check_reproduce(args) -> list[str]:
     if args.rows_only and args.p: raise ValueError("-p sets a parameter of a notebook, and --rows-only runs none; leave one of them out")
     chosen = papers() if args.paper == "all" else [args.paper]
     if not args.rows_only: [notebook(p) for p in chosen]
+    from pcvae.batch import check_executor
     from pcvae.studies import default_device
-    args.device = default_device(args.device)
-    if args.workers is None: args.workers = 1 if args.device.startswith("cuda") else min(2, os.cpu_count() or 1)
+    here = check_executor(args.executor)[0] in ("process", "submitit-local")
+    args.device = default_device(args.device, here)
+    if args.workers is None: args.workers = default_workers(args.device)
     if args.only and args.paper == "all":
         chosen = [p for p in chosen if args.only in tables(p)]
         if not chosen: raise unknown("table or figure", args.only, sorted({t for p in known for t in tables(p)}))
@@ -139,15 +149,18 @@ def one_study(paper: str, args):
 
 def train_rows(args, chosen: list[str], deadline: float) -> int:
     "Train what has no row yet, without notebooks; the exit status."
-    from pcvae.studies import process_pool, run_study
-    counts = {}
+    from pcvae.batch import open_executor
+    from pcvae.studies import run_study
+    counts, retried = {}, {}
     for paper in chosen:
         study, results, left = one_study(paper, args), folder("results", args.results), deadline - time.monotonic()
-        with process_pool(args.workers) as executor:
+        with open_executor(args.executor, args.workers, runs_folder(args) / "jobs") as executor:
             frame = study.frame(results) if left <= 0 else run_study(study, executor, results, runs_folder(args) / "state", args.device,
                                                                      None if left == float("inf") else left / 60, progress=sys.stderr.isatty())
         print(f"{paper}, {args.scale} scale, rows in {shown(results / paper / args.scale)}")
         for r in frame.itertuples(): print(_run_line(r)); counts[r.id] = r.status
+        retried |= {id: causes for id, causes in frame.attrs.get("failures", {}).items() if counts[id] != "failed"}
+    for id, causes in retried.items(): print(f"run {id} is {counts[id]} after {len(causes)} failed attempt: {causes[-1]}", file=sys.stderr)
     n = lambda status: sum(s == status for s in counts.values())
     print(f"{n('done')} of {len(counts)} runs done" + "".join(f", {n(s)} {s}" for s in ("diverged", "failed", "missing") if n(s)))
     if n("failed"): raise RuntimeError(f"{n('failed')} of {len(counts)} runs failed, see above; the same command tries them again")
@@ -233,7 +246,10 @@ def reproduce(args) -> int:
     "Rerun papers."
     with usage(): chosen = check_reproduce(args)
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
-    return (train_rows if args.rows_only else run_notebooks)(args, chosen, deadline)
+    if args.rows_only or args.executor != "process": train_rows(args, chosen, deadline)
+    if args.rows_only: return 0
+    if args.executor != "process": args.device = "auto"        # what the workers have need not be here
+    return run_notebooks(args, chosen, deadline)
 
 # %% ../nbs/14_cli.ipynb #b54f9c11
 def all_runs(scales, results: Path):
@@ -307,9 +323,11 @@ def _add_reproduce(add):
     r.add_argument("paper", metavar="PAPER|all")
     r.add_argument("--scale", default="quick", metavar="|".join(SCALES), help="default quick")
     r.add_argument("--only", metavar="TABLE", help="one table or figure")
-    r.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    r.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="or several, to which runs are dealt out, as in cuda:0,cuda:1")
     r.add_argument("--seeds", metavar="0,1,2", help="instead of the study's own")
-    r.add_argument("--workers", type=int, metavar="N", help="runs at once (default: 2 on a CPU that has 2 cores, 1 on a GPU)")
+    r.add_argument("--workers", type=int, metavar="N", help="processes of this machine, one run each (default: 2 on a CPU that has 2 cores, 1 for each GPU)")
+    r.add_argument("--executor", default="process", metavar="NAME",
+                   help="who does the runs: process (default), dask:ADDRESS of a scheduler, slurm or slurm:KEY=VALUE,... (partition, time in minutes, gpus_per_node, ...), submitit-local")
     r.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly after this time")
     r.add_argument("--rows-only", action="store_true", help="train and write rows, run no notebook")
     r.add_argument("--results", metavar="DIR", help="where rows are kept")
@@ -338,7 +356,7 @@ def parser() -> Parser:
     return p
 
 # %% ../nbs/14_cli.ipynb #b354f018
-FORESEEN = (ValueError, TypeError, OSError, RuntimeError)
+FORESEEN = (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError)
 
 def dispatch(argv: list[str]) -> int:
     "Run a command."

@@ -139,7 +139,7 @@ def _check_code(critic: Method, model: VAE):
 
 class SelfCritic(Method):
     "Scores a pair by log q(z|x): no network of its own. Matches codes to observations only (z2x)."
-    stackable, min_batch, check = True, 2, _refuse_constant_mean
+    min_batch, check = 2, _refuse_constant_mean
     def __init__(self, weight: float = 20.):
         super().__init__()
         _check_weight(self, weight)
@@ -174,7 +174,7 @@ def _check_sizes(critic: Method, **sizes):
 # %% ../nbs/05_critics.ipynb #e23df749
 class NeuralCritic(Method):
     "Scores a pair by T cos(g_z(z), g_x(x)) with two networks of its own (equation 6)."
-    stackable, min_batch, check, part = True, 2, _refuse_constant_mean, "neural_critic"
+    min_batch, check, part = 2, _refuse_constant_mean, "neural_critic"
     def __init__(self,
         weight: float = 20.,        # lambda, the factor on the cross-entropy
         dim: int = 128,             # dimensions in which the two are compared
@@ -200,6 +200,7 @@ class NeuralCritic(Method):
     def setup(self, model: VAE, x: Tensor):
         _check_code(self, model)
         dim, hidden_x, hidden_z = self.sizes
+        if self.net == "mlp" and not x.is_floating_point(): raise TypeError("NeuralCritic: x_net='mlp' reads numbers, and these items are tokens; use x_net='encoder'")
         if self.net == "mlp": own, n = nn.Flatten(), x[0].numel()
         else: own, n = self.own_layers(model), model.encoder.head.in_features
         self.x_net = nn.Sequential(own, layers([n, hidden_x, dim]))

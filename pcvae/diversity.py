@@ -47,7 +47,7 @@ def pairwise_spread(
 # %% ../nbs/08_diversity.ipynb #d3ebeb7f
 class MAE(Method):
     "Mutual posterior-divergence regularisation (Ma et al. 2019): equation 1."
-    min_batch, stackable, repeatable = 2, True, False
+    min_batch, repeatable = 2, False
     def __init__(self,
                  diversity: float = 1.,     # weight and reach of the reward for a mean divergence, per dimension
                  smoothness: float = 0.2,   # weight of the spread of the divergences

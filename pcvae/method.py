@@ -30,7 +30,6 @@ class Method(nn.Module):
     "A change to the plain VAE. Override one or two hooks; every hook has a default that changes nothing."
     registry = {}
     min_batch = 1           # smallest batch on which the method means anything
-    stackable = False       # may several runs that differ only in scalars train as one vmapped run?
     needs_grad = False      # does its posterior hook differentiate, also in evaluation?
     repeatable = True       # may a list hold it twice?
 

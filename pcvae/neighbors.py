@@ -68,7 +68,6 @@ def reconstruction(
 # %% ../nbs/07_neighbors.ipynb #e765391d
 class NeighborEmbedding(Method):
     "NE-VAE (Tu et al. 2021): penalises the distance between a code and the code of its reconstruction (equation 1)."
-    stackable = True
     OPTIONS = {"loss": ("se", "lp"), "reduce": (None, "mean", "sum"), "reencode": REENCODE}
 
     def __init__(self,

@@ -20,7 +20,7 @@ from .method import Batch, Ctx, Method
 # %% ../nbs/09_objectives.ipynb #59130ea3
 class GECO(Method):
     "GECO (Rezende & Viola 2018): the least KL at a reconstruction cost of `threshold`, the weight 1/lambda being learned (equations 1 and 2)."
-    stackable, repeatable = True, False
+    repeatable = False
     reach = 8.          # largest |ln lambda|
 
     def __init__(self,
@@ -85,7 +85,7 @@ def own_prior(b: Batch):
 
 class InfoVAE(Method):
     "InfoVAE (Zhao et al. 2017): KL weight 1 - alpha, and `weight` times the MMD^2 of the codes of a batch from the prior (equation 4)."
-    stackable, min_batch, repeatable = True, 2, False
+    min_batch, repeatable = 2, False
 
     def __init__(self,
                  alpha: float = 0.9,        # share of the KL that is not charged; 1: none of it is (MMD-VAE)
@@ -144,7 +144,6 @@ class IWAE(Method):
 # %% ../nbs/09_objectives.ipynb #394df5a7
 class LatentReconstruction(Method):
     "Latent reconstruction loss (Song et al. 2025): `weight` times the squared error per dimension of a prior draw that is decoded and encoded again (equation 8)."
-    stackable = True
 
     def __init__(self, weight: float = 1.   # gamma, nats
                 ):

@@ -24,7 +24,7 @@ def _need_two(who: str, mean: Tensor) -> None:
 # %% ../nbs/06_scaling.ipynb #f9636197
 class BatchNormMean(Method):
     "BN-VAE (Zhu et al. 2020): means standardised per dimension, times a fixed `gamma`, plus a shift (equation 1)."
-    min_batch, stackable, repeatable = 2, True, False
+    min_batch, repeatable = 2, False
     eps = 1e-5      # added to the variance, as PyTorch's BatchNorm1d does
 
     def __init__(self,
@@ -67,7 +67,7 @@ class BatchNormMean(Method):
 # %% ../nbs/06_scaling.ipynb #693e0905
 class DUVAE(BatchNormMean):
     "DU-VAE (Shen et al. 2021): means standardised with learned weights of fixed root mean square, variances with a floor and dropout (equations 2a and 2b)."
-    min_batch, stackable = 16, False
+    min_batch = 16
 
     def __init__(self,
                  gamma: float = 0.5,    # root mean square over dimensions of the spreads of the means
@@ -142,7 +142,7 @@ def _check_others(methods) -> None:
 # %% ../nbs/06_scaling.ipynb #2da7ff1d
 class ScaleUp(Method):
     "Scale-VAE (Song et al. 2024): the decoder is fed `f * mean`, the KL is charged on `mean` (equations 3 and 4)."
-    min_batch, stackable, repeatable = 2, True, False
+    min_batch, repeatable = 2, False
     window = 4096           # batches of an epoch that are remembered; of a longer epoch, the last ones
 
     def __init__(self,

@@ -18,7 +18,6 @@ from .method import Ctx, Method
 # %% ../nbs/04_schedules.ipynb #1c81603e
 class LinearWarmup(Method):
     "The KL weight rises in a straight line from `start` towards 1 (equation 2), and stays once it arrives at `end`."
-    stackable = True
     def __init__(self, epochs: float = 10., start: float = 0., end: float = 1.):
         super().__init__()
         if not epochs >= 0: raise ValueError(f"LinearWarmup: epochs={epochs!r} should be at least 0; 0 means no warm-up")
@@ -33,7 +32,6 @@ class LinearWarmup(Method):
 # %% ../nbs/04_schedules.ipynb #6cc3ad7f
 class Cyclical(Method):
     "`cycles` equal cycles over the whole training; in each the KL weight rises from 0 to 1 during the fraction `ramp`, then stays (equation 3)."
-    stackable = True
     def __init__(self, cycles: int = 4, ramp: float = 0.5):
         super().__init__()
         if cycles < 1: raise ValueError(f"Cyclical: cycles={cycles!r} should be at least 1")
@@ -52,7 +50,6 @@ class Cyclical(Method):
 # %% ../nbs/04_schedules.ipynb #f4e917b4
 class Beta(Method):
     "A constant KL weight (equation 4)."
-    stackable = True
     def __init__(self, beta: float = 0.4):
         super().__init__()
         if not beta >= 0: raise ValueError(f"Beta: beta={beta!r} should be at least 0")
@@ -65,7 +62,7 @@ FLOORS = ("dim", "example", "batch")
 
 class FreeBits(Method):
     "A floor under the KL, in nats: below it, less KL is no gain (equations 5 to 7)."
-    stackable, repeatable = True, False
+    repeatable = False
     def __init__(self,
         bits: float = 0.1,  # the floor, in nats: per dimension for 'dim' and 'batch', for the sum over dimensions for 'example'
         per: str = "dim"    # 'dim': each example and dimension; 'example': each example's total; 'batch': each dimension's batch mean
@@ -97,7 +94,7 @@ def floor_variances(delta: float) -> tuple[float, float]:
 # %% ../nbs/04_schedules.ipynb #eadb620b
 class DeltaVAE(Method):
     "delta-VAE (Razavi et al. 2019): posteriors whose KL is at least `delta` nats in every dimension (equations 10 and 11)."
-    stackable, repeatable = True, False
+    repeatable = False
     def __init__(self, delta: float = 0.1):
         super().__init__()
         if not delta > 0: raise ValueError(f"DeltaVAE: delta={delta!r} should be positive, in nats per dimension; without a floor leave the method out")

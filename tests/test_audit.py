@@ -1,6 +1,7 @@
 """The audit: what it finds in the published tables, in spoiled rows, and what it refuses to read."""
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -74,7 +75,7 @@ def test_given_ceiling_beats_the_guess():
 
 @pytest.mark.parametrize("values, check", [
     (dict(nll=[101.], neg_elbo=[100.]), "NLL <= -ELBO"), (dict(rec=[90.], kl=[5.], neg_elbo=[100.]), "rec + KL = -ELBO"), (dict(kl=[-0.5]), "KL >= 0"),
-    (dict(coverage=[1.5]), "0 <= coverage <= 1"), (dict(density=[-1.]), "density >= 0"), (dict(au=[9.], latent_dim=[8]), "0 <= AU <= d"),
+    (dict(coverage=[1.5]), "0 <= coverage <= 1"), (dict(precision=[1.2]), "0 <= precision <= 1"), (dict(recall=[-0.1]), "0 <= recall <= 1"), (dict(density=[-1.]), "density >= 0"), (dict(au=[9.], latent_dim=[8]), "0 <= AU <= d"),
     (dict(mi=[-0.5]), "MI >= 0"), (dict(mi=[3.], mi_upper=[2.]), "MI <= upper bound"), (dict(nll=[float("inf")]), "nll")])
 def test_each_law(values, check):
     found = audit(table(**values))
@@ -116,6 +117,34 @@ def test_copied_rows():
     assert list(found.frame["check"]) == ["rows differ"]
     twice = {**own(0), "id": "again", "run": {**own(0)["run"], "evaluation": {"n_samples": 7}}}
     assert not len(audit([own(0), twice])), "one training, evaluated twice, is no copy"
+
+
+def test_copies_are_explained_by_what_the_rows_say_of_themselves():
+    row = lambda seconds, **settings: {**own(0), "id": f"{seconds}", "run": own(0)["run"] | settings, "env": {"train_seconds": seconds}}
+    why = lambda a, b: list(audit([a, b]).frame["why"])
+    one = row(1., methods=[{"name": "NeighborEmbedding", "cap": -3.0}])
+    assert why(one, row(2., methods=[{"name": "NeighborEmbedding", "cap": -5.0}]))[0].endswith("they differ in methods.0.cap -5.0 against -3.0, and were trained apart: it never acted")
+    assert why(one, row(1., methods=[{"name": "NeighborEmbedding", "cap": -5.0}]))[0].endswith("and their training took the same time: copied")
+    assert "data.plan padded against not given" in why(one, row(2., methods=one["run"]["methods"], data={"name": "simplex", "plan": "padded"}))[0]
+    default = row(1., methods=[{"name": "NeighborEmbedding"}])
+    assert not why(default, row(2., methods=[{"name": "NeighborEmbedding", "cap": -1.0, "loss": "se"}])), "a row that names its defaults is the same training"
+    assert why(row(1., methods=[{"name": "Unheard of", "a": 1}]), row(2., methods=[{"name": "Unheard of"}]))[0].endswith("methods.0.a not given against 1, and were trained apart: it never acted")
+
+
+def test_the_table_in_the_docs_is_the_audit_of_today(published):
+    page = Path(__file__).parents[1] / "nbs" / "10_metrics" / "06_audit.ipynb"
+    if not page.exists(): pytest.skip("the notebooks are not here")
+    outputs = [o["data"] for c in json.loads(page.read_text(encoding="utf8"))["cells"] for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
+    assert any("".join(o["text/html"]) == published._repr_html_() for o in outputs), "execute 06_audit.ipynb again and keep its outputs"
+
+
+def test_our_own_committed_rows_have_no_unexplained_finding():
+    folder = Path(__file__).parents[1] / "results"
+    scales = [p for p in folder.glob("*/*") if p.is_dir() and p.name in ("small", "full")] if folder.exists() else []
+    if not scales: pytest.skip("no committed rows here")
+    found = [audit(p) for p in scales]
+    assert sum(f.checked for f in found) > 50 and not any(len(f.of("impossible")) for f in found)
+    assert all("never acted" in why for f in found for why in f.of("suspicious")["why"])
 
 
 def test_nan_in_a_finished_row(): assert list(audit([own(mi=float("nan"))]).frame["verdict"]) == ["impossible"]

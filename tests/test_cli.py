@@ -1,7 +1,9 @@
 """The command line: what each wrong command says and returns, runs without a notebook, and a notebook run by papermill."""
 import json
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import nbformat
 import pytest
@@ -53,7 +55,11 @@ def rows_only(*args): return ["reproduce", "demo", "--scale", "smoke", "--rows-o
     ("reproduce demo --workers two", "invalid int value: 'two'"),
     ("reproduce demo --max-minutes 0", "--max-minutes should be more than 0, got 0"),
     ("reproduce demo -p a 1", "-p sets a parameter of a notebook"),
-    ("reproduce demo --executor slurm", "unrecognized arguments: --executor slurm"),
+    ("reproduce demo --device cpu,gpu", "unknown device 'gpu'."),
+    ("reproduce demo --executor slrum", "unknown executor 'slrum'. Did you mean 'slurm'? Known: process, dask, slurm, submitit-local"),
+    ("reproduce demo --executor process:4", "executor process takes nothing after its name, got '4'"),
+    ("reproduce demo --executor slurm:gpu", "option 'gpu' of slurm should look like key=value, as in slurm:partition=gpu,time=60"),
+    ("reproduce demo --executor dask", "dask needs the address of a scheduler"),
     ("list --scale tiny", "unknown scale 'tiny'"),
     ("data --fetch mnits", "unknown data set 'mnits'. Did you mean 'mnist'?")])
 def test_wrong_command_is_one_line_and_status_2(demo, capsys, command, message):
@@ -107,6 +113,30 @@ def test_workers_give_the_rows_of_one_process(demo, capsys):
     assert cli.main(["reproduce", "demo", "--scale", "smoke", "--rows-only", "--results", "a/results", "--workers", "2", "--only", "good"]) == 0
     assert cli.main(["reproduce", "demo", "--scale", "smoke", "--rows-only", "--results", "b/results", "--workers", "1", "--only", "good"]) == 0
     assert len(metrics(demo / "a")) == 4 and metrics(demo / "a") == metrics(demo / "b")
+
+
+def test_the_executor_is_the_one_asked_for(demo, capsys, monkeypatch):
+    opened = []
+    def open_executor(*args): opened.append(args); return nullcontext()
+    monkeypatch.setattr("pcvae.batch.open_executor", open_executor)
+    monkeypatch.setattr(cli, "run_notebooks", lambda args, chosen, deadline: opened.append((args.device, chosen)) or 0)
+    monkeypatch.setattr(cli, "notebook", lambda paper: demo)
+    command = ["reproduce", "demo", "--scale", "smoke", "--only", "good", "--results", "results", "--executor", "dask:tcp://1.2.3.4:5", "--device", "cpu"]
+    assert cli.main([*command, "--rows-only"]) == 0 and "4 of 4 runs done" in capsys.readouterr().out
+    assert opened == [("dask:tcp://1.2.3.4:5", min(2, os.cpu_count()), (demo / "runs" / "jobs").resolve())]
+    assert cli.main(command) == 0 and opened[2] == ("auto", ["demo"]), "the notebook comes after the rows, here"
+
+
+def test_what_an_executor_lacks_is_one_line(demo, capsys, monkeypatch):
+    monkeypatch.setattr("pcvae.batch.find_spec", lambda package: None)
+    assert cli.main(rows_only("--only", "good", "--executor", "dask:x")) == 1
+    err = capsys.readouterr().err
+    assert "executor dask needs the package distributed, which is not installed: pip install 'pcvae[batch]'" in err and err.count("\n") == 1
+
+
+def test_several_devices(demo, capsys):
+    assert cli.main(rows_only("--only", "good", "--seeds", "0", "--device", "cpu,cpu")) == 0
+    assert {json.loads(p.read_text())["env"]["device"] for p in demo.rglob("*.json")} == {"cpu"}
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(demo, capsys):
@@ -254,3 +284,8 @@ def test_list_imports_no_papermill(): assert not modules_after("from pcvae.cli i
 def test_real_papers_are_found():
     assert "critics" in cli.papers() and cli.tables("critics") and cli.notebook("critics").exists()
     assert get_study("critics", cli.tables("critics")[0], "smoke").runs
+
+
+def test_the_leaderboard_is_reproduced_like_a_paper_but_is_none():
+    assert "leaderboard" in cli.subjects() and "leaderboard" not in cli.papers()
+    assert cli.tables("leaderboard") == ["simplex", "digits"] and cli.notebook("leaderboard").parent.name == "nbs"

@@ -503,7 +503,6 @@ def test_stacked_runs_equal_separate_ones(name):
     for k in range(3):
         model, x = vae(seed=k, dtype=torch.float64)
         runs.append(Run(model, [ready(CRITICS[name](weight=1. + k), model, x)]))
-    assert all(m.stackable for r in runs for m in r.methods)
     if name == "exp":
         for r in runs: r.methods[0].t.data.fill_(9.)
     eps, base, (params, buffers) = torch.randn(3, 32, 4, generator=gen(), dtype=torch.float64), copy.deepcopy(runs[0]), stack_module_state(runs)

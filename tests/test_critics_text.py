@@ -210,3 +210,8 @@ def test_looks_fall_on_the_ends_of_epochs(scale):
     data, n, epochs, *_ = paper.TEXT[scale]
     loaded = load(**data)
     assert len(loaded.train) == n and loaded.n_batches(64, 2) == get_study("critics", "table3", scale).runs[0].recipe["watch"]
+
+
+def test_a_perceptron_alone_cannot_read_tokens():
+    model, x = text_vae()
+    with pytest.raises(TypeError, match="x_net='mlp' reads numbers, and these items are tokens; use x_net='encoder'"): ready(NeuralCritic(**SIZES, x_net="mlp"), model, x)

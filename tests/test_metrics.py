@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 import pcvae.metrics.samples as samples
+from pcvae.metrics.samples import prdc as all_four
 from pcvae.gaussian import DiagGaussian
 from pcvae.metrics import (LinearGaussian, MutualInformation, PCAFeatures, active_units, activity, aggregate_kl, ap_active_units, ap_density_coverage, ap_mi,
                            ap_mi_ceiling, ap_nll, ball_counts, decoder_use_gap, density_coverage, evaluate, expected_coverage, features, fit_prior,
-                           gaussian_upper, mutual_information, mutual_posterior_divergence, neg_elbo_parts, nll_iw, nll_iw_all, real_ceiling,
+                           gaussian_upper, mutual_information, mutual_posterior_divergence, neg_elbo_parts, nll_ais, nll_iw, nll_iw_all, pairwise_bounds, precision_recall, real_ceiling,
                            reencoding_error, standard_error, surgery)
 from pcvae.metrics.evaluate import metric_generator, some
 from pcvae.metrics.information import log_others
-from pcvae.metrics.likelihood import derangement, encode_all, evaluating
+from pcvae.metrics.likelihood import anneal, derangement, encode_all, evaluating, hmc, temperatures
 from pcvae.models.vae import Bernoulli, Normal
+from pcvae.priors import Mixture
 
 torch.set_num_threads(1)
 
@@ -124,6 +126,95 @@ def test_fit_prior_moments():
     for other in (m.prior, DiagGaussian(p.mean + 0.05, p.logvar), DiagGaussian(p.mean, p.logvar + 0.05), DiagGaussian(p.mean, p.logvar - 0.05)):
         assert q.kl(other).sum(-1).mean() > better           # the best diagonal Gaussian
     assert gaussian_upper(q) == pytest.approx(float(better))  # and its mean KL is the upper bound on the information
+
+
+# ---------------------------------------------------------------- annealed importance sampling
+
+def test_annealing_in_one_step_is_plain_importance_sampling():
+    "From the prior, and from the encoder, with the noise that both see."
+    m = linear(widen=1.3, shift=0.1); x = m.sample(6, gen(1)); q = m.encode(x)
+    eps = torch.randn(7, 6, 4, generator=gen(3), dtype=torch.float64)
+    for start, base in (("prior", m.prior), ("encoder", q)):
+        z = base.rsample(eps)
+        logw = (m.log_prob(x, z) + m.prior.log_prob(z) - base.log_prob(z)).numpy()
+        a = nll_ais(m, x, steps=1, chains=7, start=start, generator=gen(3))
+        np.testing.assert_allclose(a.nll.numpy(), np.log(7) - np_lse(logw, 0))
+        w = np.exp(logw - logw.max(0))
+        np.testing.assert_allclose(a.se.numpy(), w.std(0, ddof=1) / w.mean(0) / math.sqrt(7))
+        assert (a.accepted == 0).all()
+
+
+def test_annealing_finds_the_exact_likelihood():
+    m = linear(); x = m.sample(20, gen(1)); exact = m.nll(x)
+    a = nll_ais(m, x, steps=60, leaps=4, generator=gen(2))
+    assert ((a.nll - exact).abs() < 4 * a.se + 0.05).all() and (a.nll - exact).square().mean().sqrt() < 0.5
+    assert 0.55 < a.accepted.mean() < 0.9                                       # the pilot aims at 0.7
+    from_posterior = nll_ais(m, x, steps=3, chains=2, start="encoder", generator=gen(3))
+    torch.testing.assert_close(from_posterior.nll, exact, rtol=0, atol=1e-9)    # every weight is p(x)
+    assert from_posterior.se.max() < 1e-6
+    wrong = linear(widen=0.5, shift=0.5)
+    assert torch.equal(nll_ais(wrong, x, steps=60, leaps=4, generator=gen(2)).nll, a.nll)       # the encoder is never asked
+    assert torch.allclose(nll_ais(m, x[:7], steps=20, batch=3, generator=gen(4)).nll, exact[:7], atol=1.5)
+
+
+def test_annealing_under_another_prior():
+    m = linear(); x = m.sample(10, gen(1)); p = DiagGaussian(torch.full((4,), 0.5).double(), torch.full((4,), -0.3).double())
+    cov = m.W @ torch.diag(p.var) @ m.W.T + 0.5 * torch.eye(8)
+    exact = -torch.distributions.MultivariateNormal(m.c + m.W @ p.mean, cov).log_prob(x)
+    for bound in (p, Mixture(DiagGaussian(p.mean.expand(3, 4), p.logvar.expand(3, 4)))):
+        a = nll_ais(m, x, steps=40, chains=32, leaps=4, bound=bound, generator=gen(2))
+        assert ((a.nll - exact).abs() < 4 * a.se + 0.05).all()
+
+
+def test_estimates_of_annealing_are_unbiased():
+    "E[w] = p(x) even with few steps and badly tuned moves: the mean of 400 estimates of p(x), each of two chains."
+    m = linear(lengths=(1.5, 0.5), f=3); x = m.sample(4, gen(1))
+    many = DiagGaussian.standard(2, like=m.W)
+    for size in (0.05, 0.6, 3.):
+        w, _ = anneal(m, x, many, many, torch.full((5, 4), size, dtype=torch.float64), 4000, 2, gen(5))
+        ratio = (w + m.nll(x)).exp()
+        assert ((ratio.mean(0) - 1).abs() < 4 * ratio.std(0) / math.sqrt(4000)).all()
+
+
+def test_temperatures():
+    b = temperatures(10)
+    s = lambda v: 1 / (1 + math.exp(-v))
+    assert b[0] == 0 and b[-1] == 1 and len(b) == 11 and b == sorted(b)
+    assert b == pytest.approx([(s(-4 + 0.8 * t) - s(-4)) / (s(4) - s(-4)) for t in range(11)])
+    assert temperatures(1) == [0, 1]
+
+
+def test_a_hamiltonian_move_leaves_its_density_as_it_is():
+    "Moments of a correlated Gaussian stay; the leapfrog is of second order, so tiny steps are nearly all accepted; impossible ones are not."
+    cov = torch.tensor([[1., 0.8], [0.8, 2.]]).double(); target = torch.distributions.MultivariateNormal(torch.tensor([1., -1.]).double(), cov)
+    z = (target.mean + torch.randn(20_000, 1, 2, generator=gen(1), dtype=torch.float64) @ torch.linalg.cholesky(cov).T)
+    size = lambda s: torch.full((1,), s, dtype=torch.float64)
+    g = gen(2); moved = z
+    for _ in range(4): moved, ok = hmc(moved, target.log_prob, size(0.6), 3, g)
+    assert 0.5 < ok.double().mean() < 0.99 and (moved != z).any(-1).double().mean() > 0.9
+    torch.testing.assert_close(moved[:, 0].mean(0), target.mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(moved[:, 0].T.cov(), cov, rtol=0, atol=0.08)
+    rejected = [1 - float(hmc(z, target.log_prob, size(s), 3, gen(3))[1].double().mean()) for s in (0.1, 0.2, 0.4)]
+    assert 0 < rejected[0] < 0.002 and rejected[1] < 0.01 and 5 < rejected[1] / rejected[0] < 16 and 5 < rejected[2] / rejected[1] < 16      # ~ step^3
+    stay, ok = hmc(z, target.log_prob, size(1e6), 3, gen(4))
+    assert not ok.any() and torch.equal(stay, z)
+    # a move by hand
+    g = gen(7); r = torch.randn(3, 1, 2, generator=g, dtype=torch.float64); u = torch.randn(3, 1, generator=g, dtype=torch.float64)
+    grad = lambda z: -(z - target.mean) @ torch.linalg.inv(cov)
+    half = r + 0.5 * 0.3 * grad(z[:3]); new = z[:3] + 0.3 * half; r_new = half + 0.5 * 0.3 * grad(new)
+    gain = target.log_prob(new) - target.log_prob(z[:3]) + 0.5 * (r ** 2).sum(-1) - 0.5 * (r_new ** 2).sum(-1)
+    out, ok = hmc(z[:3], target.log_prob, size(0.3), 1, gen(7))
+    assert torch.equal(ok, torch.special.ndtr(u).log() < gain)
+    torch.testing.assert_close(out, torch.where(ok[..., None], new, z[:3]))
+
+
+def test_bad_annealing():
+    m = linear(); x = m.sample(3, gen(1))
+    with pytest.raises(ValueError, match="Did you mean 'prior'"): nll_ais(m, x, start="priors")
+    for kw in (dict(steps=0), dict(leaps=0), dict(chains=1)):
+        with pytest.raises(ValueError, match="at least 1 and 2 chains"): nll_ais(m, x, **kw)
+    x[1, 0] = float("nan")
+    with pytest.raises(ValueError, match="first: item 1"): nll_ais(m, x, steps=2, generator=gen())
 
 
 class Bits(nn.Module):
@@ -294,6 +385,80 @@ def test_surgery_against_quadrature():
     assert all(abs(v) < 1e-6 for v in same.values())
 
 
+def test_marginal_kl_of_a_mixture_prior_against_quadrature():
+    "A prior of three components in one dimension, and the aggregate itself."
+    q = pool(30, 1, 0.6); prior = Mixture(DiagGaussian(torch.tensor([[-1.], [0.3], [2.]]), torch.tensor([[-0.5], [0.2], [-1.]])))
+    grid = quadrature(q, SimpleNamespace(log_prob=lambda z: torch.as_tensor(np_lse(log_q(z, prior.parts), 1) - np.log(3))))
+    many = DiagGaussian(q.mean.repeat(300, 1), q.logvar.repeat(300, 1))
+    s = surgery(many, prior, generator=gen(1))
+    assert s["marginal_kl"] == pytest.approx(grid[1], abs=0.03) and s["mi"] == pytest.approx(grid[0], abs=0.03)
+    assert s["kl"] == pytest.approx(s["mi"] + s["marginal_kl"], abs=1e-9)                # the same codes in all three
+    z = q.sample(generator=gen(2))
+    expected = (np_lse(log_q(z, q), 1) - np.log(30) - (np_lse(log_q(z, prior.parts), 1) - np.log(3))).mean()
+    for dtype in (torch.float32, torch.float64): assert aggregate_kl(q.to(dtype), prior, z=z.to(dtype)) == pytest.approx(expected, abs=1e-5)
+    assert aggregate_kl(q, Mixture(q), z=z) == pytest.approx(0, abs=1e-9)                # VampPrior with every item as a pseudo-input
+    assert aggregate_kl(q, Mixture(q[:1]), z=z) == pytest.approx(aggregate_kl(q, q[0], z=z), abs=1e-6)
+
+
+def test_several_codes_for_each_item():
+    "The mean of the single estimates; a standard error that sees the codes and not the pool."
+    q = pool(40, 3, 0.5); z = q.sample(6, generator=gen(5))
+    single, together = [mutual_information(q, z=v) for v in z], mutual_information(q, z=z)
+    assert together.value == pytest.approx(np.mean([r.value for r in single])) and math.isnan(single[0].se)
+    l = np.stack([log_q(v, q) for v in z])
+    terms = np.stack([a.diagonal() - np_lse(a, 1) for a in l])
+    assert together.se == pytest.approx(math.sqrt(terms.var(0, ddof=1).mean() / (40 * 6)))
+    off = l.copy(); off[:, np.arange(40), np.arange(40)] = -np.inf
+    loo = np.mean([(a.diagonal() - np_lse(b, 1)).mean() for a, b in zip(l, off)]) + np.log(39)
+    assert together.upper == pytest.approx(min(loo, gaussian_upper(q)))
+    assert mutual_information(q, codes=2, generator=gen(6)).value != mutual_information(q, generator=gen(6)).value
+    runs = torch.tensor([mutual_information(q, codes=4, generator=gen(100 + s)).value for s in range(300)])
+    assert float(runs.std()) == pytest.approx(mutual_information(q, codes=50, generator=gen(9)).se * math.sqrt(50 / 4), rel=0.15)
+    exact = quadrature(pool(25, 1, 0.6), DiagGaussian.standard(1))[0]
+    many = mutual_information(pool(25, 1, 0.6), codes=400, generator=gen(1))
+    assert many.value == pytest.approx(exact, abs=4 * many.se) and many.se < 0.01
+    with pytest.raises(ValueError, match="at least 1 for each item, got 0"): mutual_information(q, codes=0)
+
+
+@pytest.mark.parametrize("n,d,sd", [(2, 1, 1.), (7, 3, 0.2), (60, 5, 0.7), (33, 2, 3.)])
+def test_pairwise_bounds_by_brute_force(n, d, sd):
+    q = pool(n, d, sd); m, v = q.mean.numpy(), q.var.numpy()
+    square = (m[:, None] - m[None]) ** 2
+    kl = 0.5 * (square / v[None] + v[:, None] / v[None] - np.log(v[:, None] / v[None]) - 1).sum(-1)
+    b = (square / (v[:, None] + v[None]) / 4 + 0.5 * np.log((v[:, None] + v[None]) / 2 / np.sqrt(v[:, None] * v[None]))).sum(-1)
+    off = np.where(np.eye(n, dtype=bool), np.inf, kl)
+    expected = {"lower": np.log(n) - np_lse(-b, 1).mean(), "upper": np.log(n) - np_lse(-kl, 1).mean(), "upper_loo": np.log(n - 1) - np_lse(-off, 1).mean()}
+    for block in (320_000, 50, 1): assert pairwise_bounds(q, block) == pytest.approx(expected, abs=1e-9)
+    assert pairwise_bounds(q.to(torch.float32)) == pytest.approx(expected, abs=1e-4)
+    many = mutual_information(q, codes=200, generator=gen(1))
+    assert expected["lower"] <= many.value + 4 * many.se and many.value <= expected["upper"] + 4 * many.se
+
+
+def test_pairwise_bounds_around_the_exact_information():
+    for sd in (0.2, 0.6, 2.):
+        q = pool(30, 1, sd); exact = quadrature(q, DiagGaussian.standard(1))[0]
+        b = pairwise_bounds(q)
+        assert b["lower"] <= exact <= b["upper"] <= b["upper_loo"] + 1e-9 and b["lower"] > 0.3 * exact
+    clumps = DiagGaussian(100. * (torch.arange(30.) % 3)[:, None], torch.zeros(30, 1))
+    assert list(pairwise_bounds(clumps).values())[:2] == pytest.approx([math.log(3)] * 2)      # both are exact
+    assert pairwise_bounds(clumps)["upper_loo"] == pytest.approx(math.log(29 / 9))
+    assert list(pairwise_bounds(DiagGaussian(torch.zeros(9, 2), torch.zeros(9, 2))).values()) == pytest.approx([0, 0, 0], abs=1e-9)
+    with pytest.raises(ValueError, match="at least 2"): pairwise_bounds(clumps[:1])
+
+
+def test_order_of_all_bounds_over_many_pools():
+    "E[I_N] (InfoNCE with the best critic) <= I <= E[leave-one-out] <= E[pairwise leave-one-out], I of a Gaussian channel."
+    truth, found = 0.5 * 3 * math.log(1 + 0.8 ** 2), []
+    for s in range(200):
+        q = DiagGaussian(0.8 * torch.randn(20, 3, generator=gen(s), dtype=torch.float64), torch.zeros(20, 3, dtype=torch.float64))
+        z = q.sample(generator=gen(1000 + s)); own, others = q.log_prob(z), log_others(z, q)
+        found.append([pairwise_bounds(q)["lower"], mutual_information(q, z=z).value, float((own - others).mean()) + math.log(19), pairwise_bounds(q)["upper_loo"]])
+    lower, value, loo, pairwise = np.mean(found, 0)
+    se = np.std(found, 0, ddof=1) / math.sqrt(200)
+    assert lower < value + 3 * se[1] and value < truth + 3 * se[1] and truth < loo + 3 * se[2] and loo < pairwise
+    assert truth - value < 0.25 and loo - truth < 0.25
+
+
 def test_mutual_posterior_divergence_by_brute_force():
     q = pool(25, 3); q = DiagGaussian(q.mean + 3, q.logvar)
     m, v = q.mean.numpy(), q.var.numpy()
@@ -361,6 +526,44 @@ def prdc(real, fake, k):
     radius = np.partition(rr, k, axis=1)[:, :k + 1].max(1)
     inside = rf < radius[:, None]
     return inside.sum(1), inside.sum() / (k * len(fake)), (rf.min(1) < radius).mean()
+
+
+def prdc_all(real, fake, k):
+    "Precision, recall, density, coverage by the definition."
+    d = lambda a, b: np.sqrt(((np.asarray(a, float)[:, None] - np.asarray(b, float)[None]) ** 2).sum(-1))
+    rr, ff, rf = d(real, real), d(fake, fake), d(real, fake)
+    r, s = np.sort(rr, 1)[:, k], np.sort(ff, 1)[:, k]
+    return (rf < r[:, None]).any(0).mean(), (rf < s[None]).any(1).mean(), *prdc(real, fake, k)[1:]
+
+
+@pytest.mark.parametrize("f", [1, 7, 20])
+@pytest.mark.parametrize("n,m,k", [(150, 90, 5), (6, 40, 5), (211, 305, 1), (101, 99, 10)])
+def test_precision_and_recall(f, n, m, k):
+    real, fake = torch.randn(n, f, generator=gen(1)), 0.8 * torch.randn(m, f, generator=gen(2)) + 0.3
+    expected = prdc_all(real, fake, k)
+    assert list(all_four(real, fake, k)) == ["precision", "recall", "density", "coverage"]
+    for block in (640_000, 77): assert tuple(all_four(real, fake, k, block).values()) == pytest.approx(expected, abs=1e-12)
+    assert precision_recall(real, fake, k) == pytest.approx(expected[:2], abs=1e-12)
+    assert precision_recall(fake, real, k) == pytest.approx(prdc_all(fake, real, k)[:2], abs=1e-12) if n > k < m else True
+
+
+def test_precision_and_recall_by_hand():
+    "Points on a line in 8 dimensions, k=1. What lies at the radius exactly is outside."
+    line = lambda *v: torch.nn.functional.pad(torch.tensor(v)[:, None], (0, 7))
+    real, fake = line(0., 1., 2., 3.), line(-1., 0., 2.5, 4., 9.)
+    assert precision_recall(real, fake, 1)[0] == 2 / 5      # all balls have radius 1: they hold 0 and 2.5
+    assert precision_recall(real, fake, 1)[1] == 3 / 4      # radii 1, 1, 1.5, 1.5, 5 of the generated: 1 is in none
+    assert precision_recall(real, real, 1) == (1., 1.) and precision_recall(real, real + 100, 1) == (0., 0.)
+    for a, b in [(real, fake), (fake, real)]: assert precision_recall(a.double(), b.double(), 1) == pytest.approx(prdc_all(a.double(), b.double(), 1)[:2])
+
+
+def test_precision_and_recall_with_ties_and_copies():
+    grid = torch.randint(0, 3, (250, 5), generator=gen(1)).float()
+    assert tuple(all_four(grid, grid[:100] + 0., 4).values()) == pytest.approx(prdc_all(grid, grid[:100], 4))
+    same = torch.ones(9, 7)
+    with pytest.warns(UserWarning) as caught: assert all_four(torch.randn(20, 7, generator=gen()), same)["recall"] == 0
+    assert [str(w.message)[:59] for w in caught] == ["9 of 9 generated items coincide with at least 5 others: the"] and "lowers recall." in str(caught[0].message)
+    with pytest.raises(ValueError, match="generated items: k=5, 5 items"): all_four(grid, grid[:5])
 
 
 @pytest.mark.parametrize("f", [1, 2, 6, 7, 20, 100])
@@ -536,8 +739,9 @@ def test_ap_density_coverage_rewards_collapse():
 
 # ---------------------------------------------------------------- the row
 
+SPACE = {"precision", "recall", "density", "coverage"}
 COLUMNS = {"nll", "nll_se", "nll_matched", "nll_samples", "nll_items", "neg_elbo", "rec", "kl", "kl_fed", "objective", "mi", "mi_ceiling", "mi_upper",
-           "mi_saturated", "au", "au_0.1", "au_charged", "density", "coverage", "mpd", "reencode", "reencode_sample", "gap", "activity", "kl_dims"}
+           "mi_saturated", "au", "au_0.1", "au_charged", *SPACE, "mpd", "reencode", "reencode_sample", "gap", "activity", "kl_dims"}
 LISTS = {"activity", "kl_dims"}
 PUBLISHED = {"ap_nll", "ap_mi", "ap_au", "ap_density", "ap_coverage"}
 
@@ -564,6 +768,8 @@ def test_row():
     assert row["au"] == active_units(q.mean) and row["mpd"] == pytest.approx(mutual_posterior_divergence(q)) and row["mi_ceiling"] == pytest.approx(math.log(400))
     assert row["gap"] == pytest.approx(2 * float((m.W ** 2).sum()), rel=0.15) and row["mi"] <= row["kl_fed"] + 0.3 and row["nll_matched"] == pytest.approx(row["nll"], abs=0.1)
     assert row["coverage"] == pytest.approx(expected_coverage(400), abs=0.04) and row["density"] == pytest.approx(1, abs=0.15)
+    fake = m.sample(400, gen(13)).float()
+    assert (row["precision"], row["recall"]) == pytest.approx(prdc_all(data.test, fake, 5)[:2], abs=0.08)
 
 
 class Scaled(LinearGaussian):
@@ -586,7 +792,7 @@ def test_row_of_a_method_with_its_own_prior():
     assert Scaled.calls == 400 + 900 + 400 + 400                    # test once, training once, re-encoding through the mean and through a sample
     exact = float(base.nll(data.test.double()).mean())
     assert row["nll_A"] == pytest.approx(exact, abs=1e-6) and row["nll_matched"] == pytest.approx(exact, abs=0.1) and row["nll"] > exact + 0.5
-    assert row["kl_fed"] > row["kl"] and row["objective"] < row["neg_elbo"] and not {"nll_standard", "density"} & set(row)
+    assert row["kl_fed"] > row["kl"] and row["objective"] < row["neg_elbo"] and not {"nll_standard", *SPACE} & set(row)
     row = evaluate(m, data)
     assert row["coverage"] > 0.9                                    # generates from A: with the standard prior codes would be half as wide
     assert set(row) == COLUMNS | {"nll_A"}
@@ -600,7 +806,7 @@ def test_row_reads_the_right_posterior():
     assert row["au"] == active_units(q.mean) > row["au_charged"] == active_units(q.mean / 20)
     assert row["mpd"] == pytest.approx(mutual_posterior_divergence(q)) and row["mi"] > 2 < row["ap_mi"]
     assert row["kl"] == pytest.approx(float(m.charged(data.test.double()).kl(m.prior).sum(-1).mean())) and row["kl_fed"] > row["kl"] + 0.5
-    assert row["ap_nll"] == pytest.approx(row["objective"], abs=0.3) and set(row) == COLUMNS - {"density", "coverage"} | {"ap_nll", "ap_mi", "ap_au"}
+    assert row["ap_nll"] == pytest.approx(row["objective"], abs=0.3) and set(row) == COLUMNS - SPACE | {"ap_nll", "ap_mi", "ap_au"}
 
 
 def test_metrics_draw_independently():
@@ -632,7 +838,7 @@ class Tokens(nn.Module):
 def test_columns_that_make_no_sense_are_missing():
     data = SimpleNamespace(train=torch.randint(0, 20, (90, 7), generator=gen(1)), test=torch.randint(0, 20, (80, 7), generator=gen(2)))
     row = evaluate(Tokens(), data, n_samples=5)
-    assert COLUMNS - set(row) == {"density", "coverage", "reencode", "reencode_sample"}
+    assert COLUMNS - set(row) == SPACE | {"reencode", "reencode_sample"}
 
 
 def test_binarised_training_data_are_drawn_through_the_data_set():

@@ -30,7 +30,7 @@ def test_a_full_disk_leaves_nothing_and_loses_nothing(tmp_path, monkeypatch):
     assert state.stat().st_mtime_ns == stamp
 
 def test_time_runs_out_and_the_study_goes_on(tmp_path):
-    long = Study("demo", "t", "smoke", {"VAE": [run(recipe=Recipe(epochs=40, batch=32))]})
+    long = Study("demo", "t", "smoke", {"VAE": [run(recipe=Recipe(epochs=6, batch=32))]})
     whole = run_study(long, results=tmp_path / "whole", work=tmp_path / "w", progress=False)
     for _ in range(200):
         frame = run_study(long, **places(tmp_path), max_minutes=0.01)

@@ -10,6 +10,7 @@ __all__ = ['METRICS', 'ABOUT', 'FORMS', 'ZERO', 'CHECKS', 'SIZES', 'TABLE_CHECKS
 
 # %% ../../nbs/10_metrics/06_audit.ipynb #b11dbb60
 import html
+import inspect
 import json
 import math
 from dataclasses import dataclass, field
@@ -19,8 +20,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from .. import critics, diversity, inference, neighbors, objectives, priors, scaling, schedules  # noqa: F401 (each registers its methods)
+from ..method import Method
+
 # %% ../../nbs/10_metrics/06_audit.ipynb #bd50cb0c
-METRICS = ("nll", "nll_se", "neg_elbo", "rec", "kl", "kl_fed", "mi", "mi_ceiling", "mi_upper", "au", "density", "coverage", "mpd", "accuracy")
+METRICS = ("nll", "nll_se", "neg_elbo", "rec", "kl", "kl_fed", "mi", "mi_ceiling", "mi_upper", "au", "precision", "recall", "density", "coverage", "mpd", "accuracy")
 ABOUT = ("dataset", "data", "model", "method", "label", "params", "printed_unit", "annealed", "quoted", "des_std", "f_epo", "latent_dim", "epoch", "seed", "id", "status", "error",
          "ceiling", "cpu_seconds", "train_seconds", "device", "device_name", "commit", "scale")  # columns that say which row it is
 FORMS = "expected columns model, metric, mean[, std], or one column for each metric (such as " + ", ".join(m.upper() for m in ("nll", "kl", "mi", "au")) + ")"
@@ -109,15 +113,22 @@ def _describe(run: dict) -> str:
     one = lambda m: m["name"] + "(" + ", ".join(f"{k}={v}" for k, v in m.items() if k != "name") + ")"
     return (" + ".join(map(one, run.get("methods") or [])) or "VAE") + f" on {run['data']['name']}"
 
+def _with_defaults(method: dict) -> dict:
+    "The arguments of a method, also those that a row written before they existed does not name."
+    cls = Method.registry.get(method["name"])
+    own = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.default is not p.empty} if cls else {}
+    return own | method
+
 def from_row(row: dict, source: str = "rows") -> list[Record]:
     "The record of one of our result rows; none for a run that did not finish."
     lacking = {"run", "metrics", "status"} - set(row)
     if lacking: raise ValueError(f"{source}: a result row lacks {', '.join(sorted(lacking))}; it has {', '.join(row)}")
     if row["status"] != "done": return []
     run, values = row["run"], {k: v for k, v in row["metrics"].items() if not k.startswith("ap_") and isinstance(v, (int, float))}
+    training = {k: v for k, v in run.items() if k not in ("evaluation", "scale")} | {"methods": [_with_defaults(m) for m in run.get("methods") or []]}
     about = {"seed": run.get("seed"), "latent_dim": run["model"].get("latent_dim"), "id": row.get("id"), "data": json.dumps(run["data"], sort_keys=True),
              "group": json.dumps({k: v for k, v in run.items() if k not in ("seed", "scale")}, sort_keys=True),
-             "training": json.dumps({k: v for k, v in run.items() if k not in ("evaluation", "scale")}, sort_keys=True)}
+             "training": json.dumps(training, sort_keys=True), "train_seconds": (row.get("env") or {}).get("train_seconds")}
     return [Record(source, f"{_describe(run)}, seed {run.get('seed')}, {row.get('id')}", values, {}, {k: 1e-9 for k in values}, about)]
 
 def _json_rows(folder: Path) -> list[Record]:
@@ -212,10 +223,12 @@ def check_likelihood(r: Record):
     if kl is not None and kl < -_slack(r, "kl"): yield "KL >= 0", kl, 0., "impossible", "a divergence cannot be negative"
 
 def check_samples(r: Record):
-    "Ranges of density and coverage, and scores of two copies of one distribution."
+    "Ranges of density, coverage, precision and recall, and scores of two copies of one distribution."
     density, coverage, mi = (r.values.get(k) for k in ("density", "coverage", "mi"))
     if density is not None and density < 0: yield "density >= 0", density, 0., "impossible", "density is a mean of counts"
-    if coverage is not None and not 0 <= coverage <= 1: yield "0 <= coverage <= 1", coverage, 1., "impossible", "coverage is a share"
+    for name in ("coverage", "precision", "recall"):
+        share = r.values.get(name)
+        if share is not None and not 0 <= share <= 1: yield f"0 <= {name} <= 1", share, 1., "impossible", f"{name} is a share"
     if None not in (density, coverage, mi) and "id" not in r.about and abs(density - 1) < 0.05 and abs(coverage - 0.969) < 0.015 and abs(mi) < 0.1:
         yield ("coverage against MI", coverage, 0.969, "suspicious", "density 1 and coverage 0.97 are what two samples of one distribution score, and MI is zero: "
                "it fits scores taken in the latent space of a collapsed model")
@@ -265,12 +278,27 @@ def check_language_model(rs: list[Record]):
             yield r, "gain on a language model <= KL", gain, kl, "suspicious", (f"NLL is {gain:.1f} nats below {name(lm)}'s, "
                 f"more than the {kl:g} nats of code that its KL pays for: the bound or the KL is of another posterior, or the language model is undertrained")
 
+def _leaves(value, at: str = "") -> dict:
+    "Settings of a run by their path: {'methods.0.cap': -5.0}."
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for key, part in items for k, v in _leaves(part, f"{at}.{key}".lstrip(".")).items()} if items else {at: value}
+
+def _difference(a: Record, b: Record) -> str:
+    "What may explain two equal rows of ours: the settings that differ, and whether they were trained apart."
+    if "training" not in a.about or "training" not in b.about: return "copied, or not two different models"
+    one, two = (_leaves(json.loads(r.about["training"])) for r in (a, b))
+    names = ", ".join(f"{k} {one.get(k, 'not given')} against {two.get(k, 'not given')}" for k in sorted({*one, *two}) if one.get(k) != two.get(k))
+    apart = a.about.get("train_seconds") != b.about.get("train_seconds")
+    return f"they differ in {names}, " + ("and were trained apart: it never acted" if apart else "and their training took the same time: copied")
+
 def check_copies(rs: list[Record]):
     "Different rows of one table with three or more numbers, all equal. One training that was evaluated twice is not meant."
     for group in _groups([r for r in rs if len(r.values) >= 3], lambda r: (r.source, tuple(sorted(r.values.items())))):
         again = lambda r: "training" in r.about and r.about["training"] == group[0].about.get("training")
-        for r in [r for r in group[1:] if not again(r)]: yield r, "rows differ", None, None, "suspicious", f"all {len(r.values)} numbers equal those of {group[0].row}: copied, or not two different models"
+        for r in [r for r in group[1:] if not again(r)]:
+            yield r, "rows differ", None, None, "suspicious", f"all {len(r.values)} numbers equal those of {group[0].row}: {_difference(r, group[0])}"
 
+# %% ../../nbs/10_metrics/06_audit.ipynb #5df7be95
 def check_seeds(rs: list[Record]):
     "Rows that differ in the seed alone and have the same NLL to the last bit."
     for group in _groups([r for r in rs if "nll" in r.values and _given(r.about.get("seed"))], lambda r: (r.source, r.about.get("group", r.about.get("label")), r.values["nll"])):

@@ -21,7 +21,7 @@ from .as_published import ap_active_units, ap_density_coverage, ap_mi, ap_nll
 from .information import mutual_information, mutual_posterior_divergence
 from .likelihood import (decoder_use_gap, encode_all, evaluating, fit_prior, named_priors, neg_elbo_parts, nll_iw_adaptive_all,
                                       nll_iw_all, noise, standard_error)
-from .samples import PCAFeatures, density_coverage, features as raw_features
+from .samples import PCAFeatures, features as raw_features, prdc
 
 # %% ../../nbs/10_metrics/05_evaluate.ipynb #7b38d84f
 def metric_generator(seed: int, name: str, device="cpu") -> torch.Generator:
@@ -70,6 +70,7 @@ def feature_space(features, x: Tensor, train: Tensor):
     if features is not None: return features
     return raw_features if x.dim() == 2 else PCAFeatures(train, min(32, x[0].numel()))
 
+# %% ../../nbs/10_metrics/05_evaluate.ipynb #a70c2381
 def _nll(prior: str) -> str: return "nll" if prior == "standard" else f"nll_{prior}"
 
 def _whole(bound: Tensor, few: Tensor, nll: dict) -> dict:
@@ -89,6 +90,7 @@ def _likelihoods_to(target, model, x, q, priors, n_samples, chunk, generator) ->
     return nll, row | {"nll_se": standard_error(nll["standard"]), "nll_samples": float(own.samples.double().mean()), "nll_items": float(len(x)),
                        "nll_item_se": float(own.se.double().square().mean().sqrt()), "nll_pilot": float(own.pilot.double().mean()), "nll_capped": own.capped}
 
+# %% ../../nbs/10_metrics/05_evaluate.ipynb #7ee90b13
 def _elbo(model, x, q, charged, batch, generator) -> dict:
     parts = list(neg_elbo_parts(model, x, generator, q=q, charged=charged, batch=batch).values())
     rec, kl, fed = (float(v.double().sum(0).sum()) / len(x) for v in parts)
@@ -149,12 +151,12 @@ def evaluate(
     n_samples: int = 100,   # importance samples; with nll_target the most for an item
     nll_target: float | None = None,    # standard error of each item's NLL that is aimed at, nats; None: n_samples for all
     n_nll: int | None = None,   # test items for the likelihood; None: all
-    n_pool: int | None = None,  # test items in the pool of MI, density and coverage; None: all
+    n_pool: int | None = None,  # test items in the pool of MI and of density, coverage, precision, recall; None: all
     n_fit: int | None = 20_000, # training items for the matched prior and the feature space
     n_sample: int | None = 500, # test items whose reconstruction is sampled from the code alone
     batch: int = 1024,      # items per call of encoder or decoder
     chunk: int = 2 ** 18,   # numbers per block of importance samples, see nll_iw_all
-    features=None,          # items -> [N, F]; None: by kind of data; False: no density and coverage
+    features=None,          # items -> [N, F]; None: by kind of data; False: no density, coverage, precision, recall
     k: int = 5,             # neighbours
     seed: int = 0,
     as_published: dict | None = None    # arguments of published_row, such as {"batch": 1024, "squared_error": True}
@@ -175,7 +177,7 @@ def evaluate(
     row |= _published(model, x[few], n_samples, gen("published"))
     row["gap"] = decoder_use_gap(model, x, gen("gap"), q=q, batch=batch)
     if space := feature_space(features, x, train):
-        row["density"], row["coverage"] = density_coverage(space(x[pool]), space(generated(model, len(pool), batch, gen("samples"))), k)
+        row |= prdc(space(x[pool]), space(generated(model, len(pool), batch, gen("samples"))), k)
     if as_published is not None:
         options = check_params(published_row, dict(model=model, x=x, q=q, charged=charged, generators=gen) | as_published, "as_published")
         row |= published_row(**options)

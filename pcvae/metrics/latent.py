@@ -143,6 +143,7 @@ def rounded(t) -> list:
     "A tensor as nested lists of numbers with six significant digits."
     return [rounded(v) for v in t] if t.dim() else (float(f"{float(t):.6g}") if t.is_floating_point() else t.item())
 
+# %% ../../nbs/10_metrics/07_latent.ipynb #4d6a5fe8
 @dataclass
 class Search:
     "What `latent_search` found: S starts, T thresholds, N codes of D dimensions. On the CPU."

@@ -6,7 +6,7 @@
 __all__ = ['LinearGaussian', 'evaluating', 'noise', 'encode_all', 'named_priors', 'find_prior', 'draw_codes', 'blocks',
            'nll_iw_all', 'nll_iw', 'fit_prior', 'aggregate_moments', 'neg_elbo_parts', 'log_px', 'standard_error',
            'derangement', 'decoder_use_gap', 'AdaptiveNLL', 'log_mean_se', 'weight_sums', 'pilot',
-           'nll_iw_adaptive_all', 'nll_iw_adaptive']
+           'nll_iw_adaptive_all', 'nll_iw_adaptive', 'AIS', 'temperatures', 'hmc', 'anneal', 'nll_ais']
 
 # %% ../../nbs/10_metrics/00_likelihood.ipynb #fc22a895
 from contextlib import contextmanager
@@ -85,7 +85,7 @@ def named_priors(model) -> dict:
 
 def find_prior(model, bound) -> DiagGaussian:
     "The prior that a bound is named after; ValueError names the valid ones."
-    if isinstance(bound, DiagGaussian): return bound
+    if hasattr(bound, "log_prob"): return bound         # a Gaussian, or a mixture
     known = named_priors(model)
     if bound in known: return known[bound]
     if bound == "matched":
@@ -302,3 +302,82 @@ def nll_iw_adaptive(
     "`nll_iw` with as many samples for each item as a standard error asks for (equation 5)."
     name = bound if isinstance(bound, str) else "given prior"
     return nll_iw_adaptive_all(model, x, {name: find_prior(model, bound)}, target, **options)[name]
+
+# %% ../../nbs/10_metrics/00_likelihood.ipynb #f5bd59e7
+class AIS(NamedTuple):
+    "Estimates by annealed importance sampling."
+    nll: Tensor         # nats, [N]
+    se: Tensor          # its standard error over the chains by equation 5, [N]
+    accepted: Tensor    # share of accepted moves, [N]; far from 0.7 the chains did not move well
+
+def temperatures(steps: int) -> list:
+    "beta_0 = 0 to beta_T = 1, close together at both ends (a sigmoid)."
+    s = torch.sigmoid(torch.linspace(-4, 4, steps + 1, dtype=torch.float64))
+    return ((s - s[0]) / (s[-1] - s[0])).tolist()
+
+def _slope(log_f, z: Tensor) -> tuple:
+    "log f(z), [C, N], and its gradient, [C, N, D]."
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = log_f(z)
+        return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+def hmc(
+    z: Tensor,          # codes, [C, N, D]
+    log_f,              # their log-density but for a constant, [C, N]
+    size: Tensor,       # of a leapfrog step, [N]
+    leaps: int,
+    generator=None
+) -> tuple:             # codes [C, N, D], accepted [C, N]
+    "One Hamiltonian move that leaves f invariant (Neal 2011)."
+    step, r = size[:, None], noise(z.shape, z, generator)
+    (before, slope), new, energy = _slope(log_f, z), z, 0.5 * (r * r).sum(-1)
+    for _ in range(leaps):
+        r = r + 0.5 * step * slope
+        new = new + step * r
+        after, slope = _slope(log_f, new)
+        r = r + 0.5 * step * slope
+    gain = after - before + energy - 0.5 * (r * r).sum(-1)
+    chance = torch.special.ndtr(noise(gain.shape, gain, generator)).log()      # log of a uniform number
+    ok = chance < gain                                                         # not where gain is nan: a move to nowhere
+    return torch.where(ok[..., None], new, z), ok
+
+# %% ../../nbs/10_metrics/00_likelihood.ipynb #01560d34
+def anneal(model, x: Tensor, base, prior, sizes: Tensor, chains: int, leaps: int, generator=None, tune: bool = False) -> tuple:
+    "log w [C, N] in float64 and share of accepted moves [N]; step sizes [T, N] are used, and written where `tune` (equations 7, 8)."
+    beta, accepted = temperatures(len(sizes)), torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    z = base.rsample(noise((chains, len(x), prior.shape[-1]), prior.mean, generator))
+    log_w, target = torch.zeros(chains, len(x), dtype=torch.float64, device=x.device), lambda z: prior.log_prob(z) + model.log_prob(x, z)
+    for t in range(1, len(beta)):
+        log_w += (beta[t] - beta[t - 1]) * (target(z) - base.log_prob(z)).double()
+        if t == len(beta) - 1: break                            # a move after the last weight would change nothing
+        z, ok = hmc(z, lambda z: (1 - beta[t]) * base.log_prob(z) + beta[t] * target(z), sizes[t], leaps, generator)
+        accepted += ok.double().mean(0) / (len(beta) - 2)
+        if tune: sizes[t + 1:] = sizes[t] * (ok.to(sizes.dtype).mean(0) - 0.7).mul(0.3).exp()
+    return log_w, accepted
+
+def nll_ais(
+    model,                      # has log_prob and prior; encode where start="encoder"
+    x: Tensor,                  # items, [N, ...]
+    *,
+    steps: int = 200,           # T
+    chains: int = 16,           # C
+    leaps: int = 5,             # leapfrog steps of a move
+    start: str = "prior",       # b in equation 7: "prior", or "encoder" for q(z|x)
+    bound="standard",           # a name, or the prior itself
+    generator=None,
+    batch: int = 64             # items at once
+) -> AIS:
+    "Negative log-likelihood by annealed importance sampling. Takes 2 x chains x steps x (leaps + 2) passes of the decoder for each item."
+    if start not in ("prior", "encoder"): raise unknown("start", start, ("prior", "encoder"))
+    if min(steps, chains - 1, leaps) < 1: raise ValueError(f"annealing needs steps and leaps of at least 1 and 2 chains for an error, got steps={steps}, chains={chains}, leaps={leaps}")
+    prior, parts = find_prior(model, bound), []
+    with evaluating(model):
+        for xi in x.split(batch):
+            base = model.encode(xi) if start == "encoder" else prior
+            sizes = prior.mean.new_full((steps + 1, len(xi)), 0.3)[1:]
+            if steps > 1: anneal(model, xi, base, prior, sizes, chains, leaps, generator, tune=True)
+            log_w, accepted = anneal(model, xi, base, prior, sizes, chains, leaps, generator)
+            parts.append((torch.stack([torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)]), accepted))
+    sums, accepted = (torch.cat(v, -1) for v in zip(*parts))
+    return AIS(_checked(math.log(chains) - sums[0], "annealed").to(prior.mean.dtype), log_mean_se(sums, chains).to(prior.mean.dtype), accepted)
