@@ -108,8 +108,11 @@ class Mutation:
     "A pytest plugin that takes the place of the loop over the tests."
     def __init__(self, options): self.options, self.results, self.failed = options, [], []
 
-    def pytest_runtestloop(self, session):
-        self.reach, self.cost, items = collections.defaultdict(set), {}, session.items
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items): self.items = items
+
+    def pytest_runtestloop(self):
+        self.reach, self.cost, items = collections.defaultdict(set), {}, self.items
         notes = Path(self.options.log + ".reach") if self.options.log else None         # what tests reached last time
         code = "".join(Path(f).read_text(encoding="utf8") for f in FILES)
         key = lambda item: hashlib.sha256((item.nodeid + inspect.getsource(item.function) + code).encode()).hexdigest()

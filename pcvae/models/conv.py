@@ -6,7 +6,6 @@
 __all__ = ['KERNELS', 'STRIDES', 'conv_trunk', 'conv_up', 'conv']
 
 # %% ../../nbs/02_models/02_conv.ipynb #dea21f29
-import torch
 from torch import nn
 
 from .vae import VAE, Decoder, Encoder, Likelihood, model_builder
@@ -15,18 +14,18 @@ from .vae import VAE, Decoder, Encoder, Likelihood, model_builder
 KERNELS, STRIDES = (3, 4, 4, 3, 2), (1, 2, 2, 2, 1)
 
 def conv_trunk(width: int = 32) -> nn.Sequential:
-    "Five convolutions with ReLU and a flatten: [B, 1, 28, 28] to [B, 16 * width]; kernels lie in memory with the channel last, which is faster."
+    "Five convolutions with ReLU and a flatten: [B, 1, 28, 28] to [B, 16 * width]."
     channels = [1] + [width * 2 ** i for i in range(5)]
     out = []
     for a, b, k, s in zip(channels, channels[1:], KERNELS, STRIDES): out += [nn.Conv2d(a, b, k, s), nn.ReLU()]
-    return nn.Sequential(*out, nn.Flatten()).to(memory_format=torch.channels_last)
+    return nn.Sequential(*out, nn.Flatten())
 
 def conv_up(latent_dim: int, width: int = 32) -> nn.Sequential:
     "Linear and five transposed convolutions: [B, D] to [B, 1, 28, 28], no activation at the end."
     channels = [width * 2 ** i for i in reversed(range(5))] + [1]
     out = [nn.Linear(latent_dim, channels[0]), nn.Unflatten(1, (channels[0], 1, 1))]
     for a, b, k, s in zip(channels, channels[1:], KERNELS[::-1], STRIDES[::-1]): out += [nn.ConvTranspose2d(a, b, k, s), nn.ReLU()]
-    return nn.Sequential(*out[:-1]).to(memory_format=torch.channels_last)
+    return nn.Sequential(*out[:-1])
 
 @model_builder
 def conv(
