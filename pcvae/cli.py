@@ -117,6 +117,7 @@ def check_reproduce(args) -> list[str]:
     if args.scale not in SCALES: raise unknown("scale", args.scale, SCALES)
     parse_seeds(args.seeds)
     for name in ("workers", "max_minutes"): check_positive("--" + name.replace("_", "-"), getattr(args, name))
+    if args.stack < 0: raise ValueError(f"--stack {args.stack} should be a number of runs, 2 or more; leave it out to train each alone")
     if args.rows_only and args.p: raise ValueError("-p sets a parameter of a notebook, and --rows-only runs none; leave one of them out")
     chosen = papers() if args.paper == "all" else [args.paper]
     if not args.rows_only: [notebook(p) for p in chosen]
@@ -156,7 +157,7 @@ def train_rows(args, chosen: list[str], deadline: float) -> int:
         study, results, left = one_study(paper, args), folder("results", args.results), deadline - time.monotonic()
         with open_executor(args.executor, args.workers, runs_folder(args) / "jobs") as executor:
             frame = study.frame(results) if left <= 0 else run_study(study, executor, results, runs_folder(args) / "state", args.device,
-                                                                     None if left == float("inf") else left / 60, progress=sys.stderr.isatty())
+                                                                     None if left == float("inf") else left / 60, progress=sys.stderr.isatty(), stack=args.stack)
         print(f"{paper}, {args.scale} scale, rows in {shown(results / paper / args.scale)}")
         for r in frame.itertuples(): print(_run_line(r)); counts[r.id] = r.status
         retried |= {id: causes for id, causes in frame.attrs.get("failures", {}).items() if counts[id] != "failed"}
@@ -246,7 +247,7 @@ def reproduce(args) -> int:
     "Rerun papers."
     with usage(): chosen = check_reproduce(args)
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
-    if args.rows_only or args.executor != "process": train_rows(args, chosen, deadline)
+    if args.rows_only or args.executor != "process" or args.stack: train_rows(args, chosen, deadline)
     if args.rows_only: return 0
     if args.executor != "process": args.device = "auto"        # what the workers have need not be here
     return run_notebooks(args, chosen, deadline)
@@ -328,6 +329,7 @@ def _add_reproduce(add):
     r.add_argument("--workers", type=int, metavar="N", help="processes of this machine, one run each (default: 2 on a CPU that has 2 cores, 1 for each GPU)")
     r.add_argument("--executor", default="process", metavar="NAME",
                    help="who does the runs: process (default), dask:ADDRESS of a scheduler, slurm or slurm:KEY=VALUE,... (partition, time in minutes, gpus_per_node, ...), submitit-local")
+    r.add_argument("--stack", type=int, default=0, metavar="K", help="train up to K runs that differ only in seed or numbers as one, equal up to rounding (small networks gain; default: each alone)")
     r.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly after this time")
     r.add_argument("--rows-only", action="store_true", help="train and write rows, run no notebook")
     r.add_argument("--results", metavar="DIR", help="where rows are kept")

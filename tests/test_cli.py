@@ -54,6 +54,7 @@ def rows_only(*args): return ["reproduce", "demo", "--scale", "smoke", "--rows-o
     ("reproduce demo --workers 0", "--workers should be more than 0, got 0"),
     ("reproduce demo --workers two", "invalid int value: 'two'"),
     ("reproduce demo --max-minutes 0", "--max-minutes should be more than 0, got 0"),
+    ("reproduce demo --stack -2", "--stack -2 should be a number of runs, 2 or more"),
     ("reproduce demo -p a 1", "-p sets a parameter of a notebook"),
     ("reproduce demo --device cpu,gpu", "unknown device 'gpu'."),
     ("reproduce demo --executor slrum", "unknown executor 'slrum'. Did you mean 'slurm'? Known: process, dask, slurm, submitit-local"),
@@ -113,6 +114,15 @@ def test_workers_give_the_rows_of_one_process(demo, capsys):
     assert cli.main(["reproduce", "demo", "--scale", "smoke", "--rows-only", "--results", "a/results", "--workers", "2", "--only", "good"]) == 0
     assert cli.main(["reproduce", "demo", "--scale", "smoke", "--rows-only", "--results", "b/results", "--workers", "1", "--only", "good"]) == 0
     assert len(metrics(demo / "a")) == 4 and metrics(demo / "a") == metrics(demo / "b")
+
+
+def test_stacked_runs_get_the_rows_of_runs_alone(demo, capsys):
+    rows = lambda folder: {p.stem: json.loads(p.read_text()) for p in folder.rglob("*.json")}
+    for folder, how in (("a", ["--stack", "4"]), ("b", [])):
+        assert cli.main(["reproduce", "demo", "--scale", "smoke", "--rows-only", "--results", f"{folder}/results", "--workers", "1", "--only", "good", *how]) == 0
+    a, b = rows(demo / "a"), rows(demo / "b")
+    assert a.keys() == b.keys() and any(r["env"].get("stacked", 1) > 1 for r in a.values()) and not any("stacked" in r["env"] for r in b.values())
+    for k in a: assert a[k]["metrics"]["kl"] == pytest.approx(b[k]["metrics"]["kl"], rel=1e-3, abs=1e-4)
 
 
 def test_the_executor_is_the_one_asked_for(demo, capsys, monkeypatch):
