@@ -1,9 +1,9 @@
 #!/bin/sh
 # A SLURM of one node on this machine, for tests/test_batch.py: as root, on Debian or Ubuntu.
-#   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge && sh tests/one_node_slurm.sh [FOLDER]
+#   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge && sh tests/one_node_slurm.sh FOLDER
 # It has no accounting, so sacct does not answer: like many small clusters.
 set -e
-folder=${1:-/tmp/one_node_slurm}; host=$(hostname -s)
+folder=$(realpath -m "${1:?name a folder for its state and logs}"); host=$(hostname -s)
 mkdir -p "$folder/ctl" "$folder/d" /run/munge
 chown munge: /run/munge
 [ -f /etc/munge/munge.key ] || { head -c 1024 /dev/urandom > /etc/munge/munge.key; chown munge: /etc/munge/munge.key; chmod 400 /etc/munge/munge.key; }

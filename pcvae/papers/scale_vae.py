@@ -25,7 +25,7 @@ def text_methods(epochs: float, scale: str, yelp: bool = False) -> dict:
     "label -> (changes of the model, methods), the rows of Table 1 with their settings for Yahoo or for Yelp. `epochs` of warm-up."
     warm = lambda: LinearWarmup(epochs)
     own = {"init": "encoder_default"}
-    sa = {"full": SAVAE(), "small": SAVAE(steps=5)}.get(scale, SAVAE(steps=2))
+    sa = SAVAE() if scale == "full" else SAVAE(steps=2)
     short = dict(look_every=50, max_epochs=3) if scale == "small" else dict(max_inner=30, look_every=20, max_epochs=2)
     slow = Aggressive(check_every=15, patience=1, **({} if scale == "full" else short))
     eta, gamma, own_epochs, plain = (2., 0.5, 7, 1.1) if yelp else (1., 0.6, 1, 0.7)
