@@ -57,7 +57,7 @@ from .models.lstm import BOS, EOS, lstm
 from .models.mlp import mlp
 from .models.pixelcnn import dense_form, generate_naive, is_on, pixelcnn
 from .stacked import Stack
-from .training import Recipe, Trainer, compiled, throughput
+from .training import Recipe, Trainer, compiled, quick_products, throughput
 
 # %% ../nbs/20_bench.ipynb #9ac41cba
 @contextlib.contextmanager
@@ -381,7 +381,7 @@ def mlp_epoch(n: int = 1000, batch: int = 100, latent_dim: int = 16) -> Job:
     optimizer, loader = torch.optim.Adam(peer.parameters(), lr=1e-3), DataLoader(BaseDataset(x.view(n, 1, 28, 28), torch.zeros(n)), batch, shuffle=True)
     def ours():
         trainer.batch_index = 0
-        trainer._run_epoch(math.inf)
+        with quick_products(trainer.model): trainer._run_epoch(math.inf)
     def theirs():
         for b in loader:
             optimizer.zero_grad()
@@ -530,7 +530,8 @@ def text_step(batch: int = 32, length: int = 10, words: int = 20_001, **network)
     "Loss and gradients of `batch` sentences of length - 2 words; `network`: arguments of `lstm`."
     vae, x = text_model(words, batch, length, **network)
     eps = torch.randn(batch, vae.latent_dim, generator=torch.Generator().manual_seed(0))
-    def ours(): return loss_and_gradients(vae, objective(vae, [], x, Ctx(draw=lambda shape: eps))[0])
+    def ours():
+        with quick_products(vae): return loss_and_gradients(vae, objective(vae, [], x, Ctx(draw=lambda shape: eps))[0])
     return Job(ours, lambda: loss_and_gradients(vae, plain_text_loss(vae, x, eps)), lambda a, b: agree(a, b, 1e-5), most=1,
                result=sum(p.numel() for p in vae.parameters()) * 4 / 2 ** 20)
 
@@ -551,7 +552,9 @@ def text_nll(n: int = 4, k: int = 4, length: int = 82, words: int = 20_001, embe
     def equal(a, b):
         error = float(((a - b) / b).abs().max())
         return error < 1e-5, f"{a.mean():.3f} and {b.mean():.3f} nats a sentence, items within {error:.0e}"
-    return Job(lambda: nll_iw(vae, x, k, generator=torch.Generator().manual_seed(0)), lambda: plain_text_nll(vae, x, k), equal, most=1)
+    def ours():
+        with quick_products(vae): return nll_iw(vae, x, k, generator=torch.Generator().manual_seed(0))
+    return Job(ours, lambda: plain_text_nll(vae, x, k), equal, most=1)
 
 # %% ../nbs/20_bench.ipynb #cfede912
 class Uneven(LinearGaussian):

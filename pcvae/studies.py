@@ -46,7 +46,7 @@ from .metrics.probes import as_published_probe, few_label_accuracy
 from .metrics.text import generation_row, length_r2
 from .models import MODELS, build_model
 from .stacked import StackedTrainer, groups
-from .training import Diverged, Recipe, Trainer, derive_seed, throughput
+from .training import Diverged, Recipe, Trainer, derive_seed, quick_products, throughput
 
 # %% ../nbs/12_studies.ipynb #4f3a50ee
 def pack_pictures(x: torch.Tensor, small: bool = False) -> dict:
@@ -311,9 +311,10 @@ def prepare(run: Run, device: str = "cpu") -> Trainer:
 
 def judged(view, data, work="runs/state", device: str = "cpu", probes: dict = {}, **evaluation) -> dict:
     "What a row says of a trained model: metrics, pictures, probes. The judge of a probe is another run's model, from its state in `work`."
-    out = {"metrics": evaluate(view, data, **evaluation) | constant_references(data), "pictures": _pictures(view, data)}
     model = lambda key, value: trained(Run(**value), work, device)[0] if key == "judge" else value
-    return out | ({"probes": {name: PROBES[name](view, data, **{k: model(k, v) for k, v in params.items()}) for name, params in probes.items()}} if probes else {})
+    with quick_products(view.model):
+        out = {"metrics": evaluate(view, data, **evaluation) | constant_references(data), "pictures": _pictures(view, data)}
+        return out | ({"probes": {name: PROBES[name](view, data, **{k: model(k, v) for k, v in params.items()}) for name, params in probes.items()}} if probes else {})
 
 # %% ../nbs/12_studies.ipynb #03c2e98f
 _one_at_a_time = threading.Lock()
