@@ -140,7 +140,7 @@ def make_optimizer(recipe: Recipe, model, methods):
     return kind(parameter_groups(model, methods, recipe.weight_decay), lr=recipe.lr, **fused)
 
 # %% ../nbs/11_training.ipynb #0088f4db
-WIDE = 2 ** 16      # numbers in a matrix from which oneDNN gains
+WIDE = 2 ** 15      # numbers in a matrix from which oneDNN gains
 
 @functools.cache
 def products_are_exact() -> bool:
