@@ -538,11 +538,11 @@ class Report:
         chosen = tuple(int(s) for s in seeds.split(",")) if seeds else None
         self.studies = {t: get_study(paper, t, scale, chosen) for t in ([only] if only else STUDIES[paper])}
 
-    def run(self, workers: int = 0, device: str = "auto", max_minutes: float = 0.):
-        "Train what has no row: all tables as one study, so that no worker waits at the end of a table. Lists what went wrong."
+    def run(self, workers: int = 0, device: str = "auto", max_minutes: float = 0., train: bool = True):
+        "Train what has no row, unless `train` is False: all tables as one study, so that no worker waits at the end of a table. Lists what is missing or went wrong."
         rows = {f"{t}: {label}": runs for t, s in self.studies.items() for label, runs in s.rows.items()}
         with process_pool(workers) as pool:
-            frame = run_study(Study(self.paper, "all", self.scale, rows), pool, self.results, self.results.parent / "runs" / "state", device, max_minutes or None)
+            frame = run_study(Study(self.paper, "all", self.scale, rows), pool, self.results, self.results.parent / "runs" / "state", device, (max_minutes or None) if train else 0.)
         problems = frame[frame["status"] != "done"]
         return problems[["label", "seed", "id", "status", "error"]] if len(problems) else f"all {frame['id'].nunique()} runs are done"
 

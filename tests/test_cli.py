@@ -221,7 +221,7 @@ def test_data_are_listed(demo, capsys):
 def paper_notebook(demo, monkeypatch):
     "A small notebook in place of the paper's: it writes its parameters and two rows, or fails where it is told to."
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
-    parameters = 'scale = "quick"\nseeds = ""\ndevice = "auto"\nonly = ""\nmax_minutes = 0.0\nworkers = 0\nresults_dir = ""\nfigures_dir = ""\nrate = 0.5\nfail = False'
+    parameters = 'scale = "quick"\nseeds = ""\ndevice = "auto"\nonly = ""\nmax_minutes = 0.0\nworkers = 0\ntrain = True\nresults_dir = ""\nfigures_dir = ""\nrate = 0.5\nfail = False'
     body = ('import json, os, pathlib, sys\nassert not fail, "told to"\nprint("half way", file=sys.stderr)\n'
             'pathlib.Path(figures_dir).mkdir()\npathlib.Path(figures_dir, "seen.json").write_text(json.dumps([scale, only, device, workers, results_dir, rate, os.getcwd(), os.environ.get("MPLBACKEND", "")]))')
     nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}, id="a"), nbformat.v4.new_code_cell(body, id="b"), nbformat.v4.new_code_cell("1", id="c")]
@@ -240,7 +240,8 @@ def by_notebook(*args): return ["reproduce", "demo", "--scale", "smoke", "--only
     (["-p", "rate", "high"], "parameter rate='high' of demo.ipynb should be float, as its default 0.5"),
     (["-p", "fail", "1"], "should be bool"),
     (["-p", "scale", "full"], "-p scale: this parameter has an option of its own, --scale"),
-    (["-p", "results_dir", "x"], "an option of its own, --results")])
+    (["-p", "results_dir", "x"], "an option of its own, --results"),
+    (["-p", "train", "False"], "an option of its own, --no-train")])
 def test_wrong_notebook_parameter(demo, paper_notebook, capsys, args, message):
     assert cli.main(by_notebook(*args)) == 2
     err = capsys.readouterr().err
@@ -275,6 +276,16 @@ def test_notebook_that_leaves_runs_undone(demo, paper_notebook, capsys, monkeypa
     assert "demo: 4 runs have no row" in capsys.readouterr().err
     assert cli.main(by_notebook("--max-minutes", "5")) == 0
     assert "time is up before 4 runs were done" in capsys.readouterr().out
+
+
+def test_no_train_shows_what_there_is(demo, paper_notebook, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "run_notebook", lambda paper, output, parameters: asked.append(parameters))
+    assert cli.main(by_notebook("--no-train")) == 0
+    assert asked[0]["train"] is False and "demo: 4 runs have no row, and are shown as missing" in capsys.readouterr().out
+    for more in (["--rows-only"], ["--stack", "2"], ["--max-minutes", "1"], ["--executor", "submitit-local"]):
+        assert cli.main(by_notebook("--no-train", *more)) == 2
+        assert "--no-train shows the rows there are" in capsys.readouterr().err
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
