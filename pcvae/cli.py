@@ -225,6 +225,7 @@ def run_notebook(paper: str, output: Path, parameters: dict):
     except PapermillExecutionError as e:
         raise RuntimeError(f"{path.name}, cell {e.cell_index}: {e.ename}: {e.evalue}; the notebook up to there is {shown(output)}") from e
 
+# %% ../nbs/14_cli.ipynb #a53f2afb
 def unfinished(paper: str, args) -> int:
     "How many runs of the tables asked for have no row."
     frame = one_study(paper, args).frame(folder("results", args.results))

@@ -135,6 +135,7 @@ class Explorer:
         from IPython.display import display
         display(self.box)
 
+# %% ../nbs/16_explore.ipynb #1b02cb30
 def mean_item(model, z: Tensor) -> Tensor:
     "An item without noise, [*event], from a code [D]."
     with evaluating(getattr(model, "model", model)): return (model.generate(z[None]) if hasattr(model, "generate") else model.decode(z[None]).mean)[0]

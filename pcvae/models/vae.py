@@ -93,6 +93,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, x: Tensor | None = None):
         return self.likelihood(self.net(z.flatten(0, -2)).unflatten(0, z.shape[:-1]))
 
+# %% ../../nbs/02_models/00_vae.ipynb #6d4ccd4c
 class VAE(nn.Module):
     "encoder + decoder + prior N(0, I). Where `mixed`, the networks run in bfloat16 in training, with weights in float32."
     mixed = False

@@ -55,6 +55,7 @@ def evaluation(scale: str, label: str = "") -> dict:
 def note(scale: str) -> str:
     return {"full": "", "small": "a PixelCNN of 6 layers and 16 channels, 10 epochs"}.get(scale, "scikit-learn digits, 8 x 8, in place of Omniglot; a PixelCNN of 3 layers")
 
+# %% ../../nbs/papers/ne_vae.ipynb #67c22957
 @study(PAPER, "table1")
 def table1(scale: str = "quick", seeds=None) -> Study:
     "The nineteen models."
@@ -72,6 +73,7 @@ def table2(scale: str = "quick", seeds=None) -> Study:
     labels = ("VAE",) if scale == "smoke" else ("VAE", "Aggressive", "NE-VAE se")
     return Study(PAPER, "table2", scale, {f"{l}, {d}": [make(l, d, s) for s in seeds or (0,)] for l in labels for d in dims}, note(scale))
 
+# %% ../../nbs/papers/ne_vae.ipynb #1c7175c8
 @study(PAPER, "search")
 def search(scale: str = "quick", seeds=None) -> Study:
     "The search in latent space, on four trained models of Table 1; their own rows have the full evaluation."
