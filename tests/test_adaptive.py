@@ -12,10 +12,6 @@ from pcvae.metrics.likelihood import LinearGaussian, aggregate_moments, log_mean
 from pcvae.models.lstm import lstm, lstm_lm
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 

@@ -15,10 +15,6 @@ from pcvae.scaling import BatchNormMean, ScaleUp
 from pcvae.training import parameter_groups
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def ctx(seed=0, training=True): return Ctx(training=training, draw=randn_draw(gen(seed)))
 

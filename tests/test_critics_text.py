@@ -21,10 +21,6 @@ CRITICS = {"self": lambda **kw: SelfCritic(**kw), "neural": lambda **kw: NeuralC
 PART = {"self": "self_critic", "neural": "neural_critic", "hybrid": "hybrid_critic"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def ctx(like, seed=0): return Ctx(training=True, draw=randn_draw(gen(seed), like))
 

@@ -19,8 +19,6 @@ from pcvae.metrics.likelihood import LinearGaussian
 from pcvae.models import build_model
 from pcvae.schedules import DeltaVAE
 
-torch.set_num_threads(1)
-
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 

@@ -17,10 +17,6 @@ from pcvae.models import build_model
 PIXELCNN = dict(latent_dim=3, image_size=8, kind="plain", channels=6, kernels=(5, 3), maps=2, z_kernel=3, encoder_channels=(4, 4), encoder_width=8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 

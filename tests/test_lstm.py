@@ -19,10 +19,6 @@ from pcvae.training import Recipe, Trainer
 KINDS = ("concat", "skip", "critics", "lm")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def noise(seed=0, like=None): return randn_draw(gen(seed), like)
 

@@ -20,8 +20,6 @@ from pcvae.metrics.likelihood import anneal, derangement, encode_all, evaluating
 from pcvae.models.vae import Bernoulli, Normal
 from pcvae.priors import Mixture
 
-torch.set_num_threads(1)
-
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 

@@ -10,8 +10,6 @@ from pcvae.metrics.audit import _decimals, _leaves, audit, from_frame, from_row,
 from pcvae.metrics.latent import Search, adam_step, check_dims, check_search, latent_search, picture_sheet, rounded, squared_error, starting_codes, traverse, walk
 from pcvae.metrics.likelihood import LinearGaussian
 
-torch.set_num_threads(1)
-
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 

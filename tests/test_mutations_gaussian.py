@@ -9,8 +9,6 @@ from scipy.stats import norm
 
 from pcvae.gaussian import LOG_2PI, DiagGaussian, log_aggregate, logsumexp_safe, pairwise_log_prob
 
-torch.set_num_threads(1)
-
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def draw(n=5, d=3, seed=0): return DiagGaussian(torch.randn(n, d, generator=gen(seed), dtype=torch.float64) + 1.5, 0.7 * torch.randn(n, d, generator=gen(seed + 9), dtype=torch.float64))

@@ -15,7 +15,6 @@ from pcvae.gaussian import DiagGaussian
 from pcvae.metrics.likelihood import AdaptiveNLL, LinearGaussian, anneal, blocks, log_mean_se, pilot
 from pcvae.models import build_model
 
-torch.set_num_threads(1)
 act, as_published, ev, information, latent, probes, samples, text = (import_module(f"pcvae.metrics.{n}") for n in     # the package gives the names of some to functions
     ("activity", "as_published", "evaluate", "information", "latent", "probes", "samples", "text"))
 

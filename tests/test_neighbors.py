@@ -15,10 +15,6 @@ from pcvae.models.vae import Bernoulli
 from pcvae.neighbors import REENCODE, NeighborEmbedding, capped_nll, model_case, reconstruction, squared_distance
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 

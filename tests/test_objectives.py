@@ -18,7 +18,6 @@ from pcvae.priors import Mixture, VampPrior
 from pcvae.theory.linear import linear_vae
 from pcvae.training import Recipe, Trainer
 
-torch.set_num_threads(1)
 CASES = {"GECO": {"threshold": 4., "rate": .01}, "InfoVAE": {"weight": 3.}, "IWAE": {"samples": 3}, "LatentReconstruction": {"weight": 2.}, "VampPrior": {"components": 6}}
 VARIANTS = [*CASES.items(), ("IWAE", {"samples": 3, "dreg": True}), ("InfoVAE", {"kernel": "rbf", "alpha": 1.}), ("VampPrior", {"components": 6, "learned": False})]
 

@@ -24,10 +24,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def noise(seed=0): return randn_draw(gen(seed))
 

@@ -19,10 +19,6 @@ from pcvae.models.lstm import lstm
 from pcvae.scaling import BatchNormMean, ScaleUp
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gaussians(n, seed, d=2., dims=6, classes=2):
     "Unit Gaussians; with two classes their means are d apart, with more they stand on the axes."
     r = np.random.RandomState(seed)

@@ -17,10 +17,6 @@ from pcvae.method import Diverged
 from pcvae.scaling import BatchNormMean, ScaleUp, scale_p1, scale_p2, scale_p2_prime, undercharge
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def ctx(seed=0, **kw): return Ctx(draw=randn_draw(gen(seed), kw.pop("like", None)), training=kw.pop("training", True), **kw)
 

@@ -12,10 +12,6 @@ from pcvae.models import build_model
 from pcvae.schedules import Beta, Cyclical, FreeBits, LinearWarmup
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def at(method, step, steps=10, n_epochs=8, w=1.): return float(method.kl_weight(w, Ctx(step // steps, step, steps, n_epochs)))
 
 

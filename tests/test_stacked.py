@@ -28,13 +28,6 @@ CONFIGS = {     # of runs 0 and 2, and of run 1
     "SAVAE": (dict(steps=2),), "Aggressive": (dict(max_inner=3),), "DUVAE": (dict(),)}
 ALONE = {"Aggressive", "SAVAE"}
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 def toy(n=200) -> Dataset:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=g) @ torch.randn(6, 6, generator=g)

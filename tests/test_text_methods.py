@@ -19,10 +19,6 @@ from pcvae.schedules import Beta, Cyclical, DeltaVAE, FreeBits, LinearWarmup, fl
 from pcvae.training import Recipe, Trainer
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def data(): return load("linear_gaussian", D=6, d=2, n=256)
 

@@ -16,10 +16,6 @@ from pcvae.models.lstm import lstm, lstm_lm
 from pcvae.scaling import ScaleUp
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 

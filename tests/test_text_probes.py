@@ -18,12 +18,6 @@ METRICS = dict(n_samples=2, n_nll=10, n_fit=50, batch=64)
 def lm(**probes): return Run(DATA, {"name": "lstm_lm", **NET}, [], HOW, METRICS | ({"probes": probes} if probes else {}), 0, "smoke")
 def vae(**probes): return Run(DATA, {"name": "lstm", "latent_dim": 2, "max_len": 10, **NET}, [LinearWarmup(1.)], HOW, METRICS | {"probes": probes}, 0, "smoke")
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
 def test_generation_is_judged_by_another_run_and_nothing_is_trained_twice(tmp_path):
     judge = lm()
     run = vae(generation={"judge": judge.to_dict() | {"evaluation": {}}, "n": 40}, labels={"sizes": [20, 50], "draws": 2})

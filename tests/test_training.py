@@ -17,13 +17,6 @@ from pcvae.training import Diverged, Recipe, Trainer, compiled, step_flops, thro
 
 TINY = dict(latent_dim=4, image_size=8, kind="plain", kernels=(5, 3), z_kernel=3, encoder_channels=(8, 8), encoder_width=16, head_bias=-1.)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 def pixelcnn(seed=0):
     torch.manual_seed(seed)
     return build_model("pixelcnn", **TINY)
