@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pcvae.metrics.audit import _decimals, _leaves, audit, from_frame, from_row, guess_size
+from pcvae.metrics.audit import _decimals, _leaves, audit, check_copies, from_frame, from_row, guess_size
 from pcvae.metrics.latent import Search, adam_step, check_dims, check_search, latent_search, picture_sheet, rounded, squared_error, starting_codes, traverse, walk
 from pcvae.metrics.likelihood import LinearGaussian
 
@@ -132,6 +132,39 @@ def test_result_counts_and_prints():
     assert (len(empty), bool(empty), empty.checked) == (0, False, 1) and (len(full), bool(full), full.checked) == (1, True, 1)
     assert repr(full).splitlines()[1].startswith("saturated   rows: VAE on simplex, seed 0, id0: MI < ln N (11.8 against 12): within half a nat")
     assert "<td" in full._repr_html_() and "table" not in empty._repr_html_()
+
+
+def test_tables_with_columns_of_no_metric():
+    t = table(NLL=["1.0", "2.0"]).assign(remark=["text", "more"], accuracy=["0.5", "0.6"])
+    assert [set(r.values) & {"nll", "remark"} for r in from_frame(t, "t")] == [{"nll"}] * 2
+    assert [r.values["nll"] for r in from_frame(table(NLL=["1.0", "2.0"]).assign(n_labeled=["100", "500"]), "t")] == [1., 2.]
+    long = pd.DataFrame([("a", "MI", "1.0", "0.1"), ("a", "surprise", "3.0", "0.2")], columns=["model", "metric", "mean", "std"])
+    r, = from_frame(long, "t")
+    assert (r.values, r.stds) == ({"mi": 1., "surprise": 3.}, {"mi": 0.1, "surprise": 0.2})
+
+
+def test_one_active_unit_is_held_against_the_information(): assert found(au=1., mi=0.0, mi_upper=13.) == [("AU against MI", "suspicious")] and found(au=0., mi=0., mi_upper=13.) == []
+
+
+def test_order_of_settings_does_not_tell_runs_apart():
+    turned = lambda row: {**row, "run": {k: dict(reversed(v.items())) if isinstance(v, dict) else v for k, v in reversed(row["run"].items())}}
+    other = turned(own(1)) | {"metrics": own(1)["metrics"] | {"nll": 40., "mi": 3.1}}
+    same, = audit([own(0), other]).frame.itertuples()
+    assert (same.check, same.value, same.row) == ("std of nll > 0", 0., "VAE on simplex, seed 0, id0")
+    again = turned(own(0)) | {"id": "evaluated twice"}
+    assert not audit([own(0), again])
+
+
+def test_a_copy_of_a_table_in_our_rows():
+    ours, = from_row(own(0), "s")
+    theirs, = from_frame(pd.DataFrame({"model": ["a"], **{k: [str(v)] for k, v in own(0)["metrics"].items()}}), "s")
+    theirs.values = dict(ours.values)
+    assert [why for *_, why in check_copies([ours, theirs])] == [f"all 10 numbers equal those of {ours.row}: copied, or not two different models"]
+
+
+def test_a_negative_divergence_is_shown_against_zero():
+    found, = [r for r in audit([own(kl=-1., kl_fed=-1., mi=0., au=0., rec=42.)]).frame.itertuples() if r.check == "KL >= 0"]
+    assert (found.value, found.bound) == (-1., 0.)
 
 
 # --- the search --------------------------------------------------------------------------------------------------------

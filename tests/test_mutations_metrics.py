@@ -401,3 +401,24 @@ def test_digits_are_doubled_where_a_spread_of_means_asks_for_it(half, dtype):
     assert z.dtype == centred.mean.dtype == dtype and z[:, 0].tolist() == [-half, half] and torch.equal(centred.mean, z)
     wide = DiagGaussian(q.mean, torch.full((2, 1), 2.))             # relative to the std
     assert information.enough_digits(q.mean, wide)[0].dtype == torch.float32
+
+
+# --- neighbours ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(6))
+def test_balls_of_a_point_in_the_middle_of_ties(seed):
+    "Real points in the middle of a sphere, its own points as generated ones: each lies exactly on the edge of the largest ball, and float32 cannot tell on which side."
+    r = np.random.RandomState(seed)
+    corner = torch.tensor(r.uniform(50, 100, (1, 9)), dtype=torch.float32)
+    signs = torch.tensor(r.choice([-1., 1.], (40, 9)), dtype=torch.float32)
+    real = torch.cat([torch.zeros(1, 9), corner * torch.cat([signs, -signs])])      # balanced: the centre is the middle
+    fake = corner * torch.tensor(r.choice([-1., 1.], (200, 9)), dtype=torch.float32) * torch.tensor(1 + r.choice([-1e-7, 0., 1e-7], (200, 1)), dtype=torch.float32)
+    d2 = lambda a, b: ((a[:, None].double() - b[None].double()) ** 2).sum(-1)
+    radius2 = d2(real, real).sort(1).values[:, 5]
+    assert samples.ball_counts(real, fake, 5).tolist() == (d2(real, fake) < radius2[:, None]).sum(1).tolist()
+
+
+def test_one_principal_component():
+    x = torch.randn(50, 3, generator=gen()) * torch.tensor([5., 1., 0.1]) + 2
+    one = samples.PCAFeatures(x, 1)
+    assert one(x).shape == (50, 1) and one(x).var() == pytest.approx(float(torch.linalg.eigvalsh(torch.cov(x.T))[-1]), rel=1e-4)
+    with pytest.raises(ValueError, match="n=0 components"): samples.PCAFeatures(x, 0)

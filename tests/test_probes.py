@@ -273,3 +273,71 @@ def test_models_without_a_charged_posterior_and_data_without_labels():
     data = dataset()
     data.labels.clear()
     with pytest.raises(ValueError, match="no labels for train, valid, test"): few_label_accuracy(oracle(0), data, (20,))
+
+
+# ---- the published probe as a whole
+def plain_published(x, y, xv, yv, xt, yt, lr=1., batch=16, clip=5., patience=2, max_decays=5, epochs=100, seed=0):
+    "The same in PyTorch, in float64: a linear layer, its loss, SGD; order and first weights from the same random numbers."
+    r, n = np.random.RandomState(seed), x.shape[1]
+    first = r.uniform(-1 / math.sqrt(n), 1 / math.sqrt(n), (n + 1, int(max(y.max(), yv.max(), yt.max())) + 1)).astype(np.float32)
+    layer = torch.nn.Linear(n, first.shape[1]).double()
+    layer.weight.data, layer.bias.data = torch.from_numpy(first[:-1].T.copy()).double(), torch.from_numpy(first[-1].copy()).double()
+    best, least, reference, bad, decays = {k: v.clone() for k, v in layer.state_dict().items()}, math.inf, 1e4, 0, 0
+    for _ in range(epochs):
+        order = torch.from_numpy(r.permutation(len(y)))
+        for i in order.split(batch):
+            if len(i) == 1: continue
+            layer.zero_grad()
+            cross_entropy(layer(x[i].double()), y[i]).backward()
+            clip_grad_norm_(layer.parameters(), clip)
+            for p in layer.parameters(): p.data -= lr * p.grad
+        loss = float(cross_entropy(layer(xv.double()), yv).detach())
+        if loss < least: best, least = {k: v.clone() for k, v in layer.state_dict().items()}, loss
+        if loss > reference: bad += 1
+        else: bad, reference = 0, loss
+        if bad == patience:
+            layer.load_state_dict(best)
+            lr, reference, bad, decays = lr / 2, loss, 0, decays + 1
+            if decays == max_decays: break
+    layer.load_state_dict(best)
+    return float((layer(xt.double()).argmax(1) == yt).double().mean())
+
+
+@pytest.mark.parametrize("n, scale, seed, options", [
+    (2, 1., 0, dict(epochs=1)), (18, 1., 1, dict(epochs=1)), (35, 0.3, 2, dict(epochs=2, lr=0.05)), (60, 1., 3, dict(epochs=6)), (60, 3., 4, dict(patience=1, max_decays=2)), (90, 0.1, 5, dict(epochs=4, lr=0.3)),
+    (40, 1., 6, dict(lr=1e-9, epochs=1)), (40, 1e6, 7, dict(lr=1e-3, patience=1, max_decays=1, epochs=3))])
+def test_the_published_probe_is_that_of_pytorch(n, scale, seed, options):
+    parts = [v for i, m in enumerate((n, 200, 5000)) for v in gaussians(m, seed + 10 * i, dims=5, classes=3)]
+    if n == 2: parts[1] = torch.tensor([0, 1])
+    parts = [v * scale if i % 2 == 0 else v for i, v in enumerate(parts)]
+    assert as_published_probe(*parts, seed=seed, **options) == pytest.approx(plain_published(*parts, seed=seed, **options), abs=2.5e-4)      # one sentence in 5,000
+
+
+def test_clipping_has_the_small_number_of_pytorch():
+    "Where the gradient is as small as the number that keeps the division finite, 1e-6, the step tells whether it is there."
+    x, y = gaussians(16, 0, classes=2)
+    x, order, layer = (1e-6 * x).float(), np.arange(16), torch.nn.Linear(6, 2, bias=False)
+    with torch.no_grad(): layer.weight.zero_()
+    cross_entropy(layer(x), y).backward()
+    size, before = float(layer.weight.grad.norm()), layer.weight.grad.clone()
+    clip = size / 3
+    found = sgd_epoch(np.zeros((6, 2), np.float32), x.numpy(), y.numpy(), order, 1., 16, clip)
+    assert np.allclose(found, -(clip / (size + 1e-6) * before).numpy().T, rtol=1e-3, atol=0) and size < 3e-6
+
+
+# ---- constant columns
+def test_constant_columns_are_left_out_and_nothing_else():
+    parts = three()
+    with_one = lambda v: torch.cat([v, v[:, :1] * 0, v[:, :1] * 0 + 7.], 1)
+    assert linear_probe(*(with_one(v) if i % 2 == 0 else v for i, v in enumerate(parts))) == linear_probe(*parts)
+    y = torch.arange(40) % 2
+    hardly = (1 + 3e-6 * y.double())[:, None]                       # std 1.5e-6 of the mean: more than rounding
+    assert linear_probe(hardly, y, hardly, y, hardly, y) == 1.
+    assert linear_probe(*(1 + 0.5 * (v - 1) for v in (hardly,)), y, hardly, y, hardly, y) == pytest.approx(0.5)        # std 0.75e-6: rounding
+
+
+def test_one_item_that_is_not_finite_is_enough():
+    parts = three()
+    parts[0] = parts[0].clone()
+    parts[0][3, 1] = math.nan
+    with pytest.raises(ValueError, match="1 items have features that are not finite"): linear_probe(*parts)
