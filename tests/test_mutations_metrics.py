@@ -404,14 +404,14 @@ def test_digits_are_doubled_where_a_spread_of_means_asks_for_it(half, dtype):
 
 
 # --- neighbours ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(6))
-def test_balls_of_a_point_in_the_middle_of_ties(seed):
+@pytest.mark.parametrize("seed, dims", [(0, 9), (1, 9), (2, 30), (3, 30), (4, 60), (5, 60), (6, 200), (7, 200)])
+def test_balls_of_a_point_in_the_middle_of_ties(seed, dims):
     "Real points in the middle of a sphere, its own points as generated ones: each lies exactly on the edge of the largest ball, and float32 cannot tell on which side."
     r = np.random.RandomState(seed)
-    corner = torch.tensor(r.uniform(50, 100, (1, 9)), dtype=torch.float32)
-    signs = torch.tensor(r.choice([-1., 1.], (40, 9)), dtype=torch.float32)
-    real = torch.cat([torch.zeros(1, 9), corner * torch.cat([signs, -signs])])      # balanced: the centre is the middle
-    fake = corner * torch.tensor(r.choice([-1., 1.], (200, 9)), dtype=torch.float32) * torch.tensor(1 + r.choice([-1e-7, 0., 1e-7], (200, 1)), dtype=torch.float32)
+    corner = torch.tensor(r.uniform(50, 100, (1, dims)), dtype=torch.float32)
+    signs = torch.tensor(r.choice([-1., 1.], (40, dims)), dtype=torch.float32)
+    real = torch.cat([torch.zeros(1, dims), corner * torch.cat([signs, -signs])])      # balanced: the centre is the middle
+    fake = corner * torch.tensor(r.choice([-1., 1.], (200, dims)), dtype=torch.float32) * torch.tensor(1 + r.choice([-1e-7, 0., 1e-7], (200, 1)), dtype=torch.float32)
     d2 = lambda a, b: ((a[:, None].double() - b[None].double()) ** 2).sum(-1)
     radius2 = d2(real, real).sort(1).values[:, 5]
     assert samples.ball_counts(real, fake, 5).tolist() == (d2(real, fake) < radius2[:, None]).sum(1).tolist()
