@@ -259,7 +259,7 @@ def same_counts(
     return same, f"{mine[0]:,} items in balls, {mine[1]:,} balls reached" + ("" if same else f"; the other form: {theirs[0]:,.1f} and {theirs[1]:,.1f}")
 
 @path(peer="prdc 0.2", goal=8, part=0.05, memory=("ours", "peer"), memory_sizes=dict(n=4000), needs="prdc", tiny=dict(n=200, dim=8))
-def density_coverage(n: int = 10_000, dim: int = 32, k: int = 5) -> Job:
+def density_coverage(n: int = 8000, dim: int = 32, k: int = 5) -> Job:
     "Density and coverage of n generated items against n real ones."
     g = torch.Generator().manual_seed(0)
     real, fake = torch.randn(n, dim, generator=g), 0.9 * torch.randn(n, dim, generator=g)
@@ -457,7 +457,7 @@ def agree_where_alive(ours: list, dense: list, tolerance: float, whole: bool = F
 SMALL_PIXELCNN = dict(image_size=8, latent_dim=3, channels=8, kernels=(5, 3, 3, 3), encoder_channels=(4,), encoder_width=8)
 
 @path(peer="whole masked kernels, NCHW", goal=1.5, tiny=dict(batch=4, **SMALL_PIXELCNN))
-def pixelcnn_step(batch: int = 32, **network) -> Job:
+def pixelcnn_step(batch: int = 24, **network) -> Job:
     "Forward and backward of the decoder; `network`: arguments of `pixelcnn`."
     vae, x, z = warm_pixelcnn(batch, **network)
     dense = dense_form(vae.decoder)
