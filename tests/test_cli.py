@@ -309,4 +309,4 @@ def test_real_papers_are_found():
 
 def test_the_leaderboard_is_reproduced_like_a_paper_but_is_none():
     assert "leaderboard" in cli.subjects() and "leaderboard" not in cli.papers()
-    assert cli.tables("leaderboard") == ["simplex", "digits"] and cli.notebook("leaderboard").parent.name == "nbs"
+    assert cli.tables("leaderboard") == ["simplex", "digits", "pooling", "pooling_yelp"] and cli.notebook("leaderboard").parent.name == "nbs"

@@ -158,11 +158,24 @@ def test_borrowed_rows_are_those_of_the_papers(tmp_path):
     with pytest.raises(ValueError, match="arena at quick scale"): lb.arena_rows("short Yelp", "quick", results=tmp_path)
 
 
+@pytest.mark.parametrize("scale", ("quick", "small", "full"))
+def test_pooling_encoders_stand_beside_the_borrowed_text_rows(scale, tmp_path):
+    for arena, table in lb.ADDED.items():
+        if arena not in lb.arenas(scale): continue
+        found, frame = lb.arena_rows(arena, scale, results=tmp_path)
+        ours = study(table, scale)
+        assert set(ours.rows) < set(found.rows) and set(found.rows) == set(frame.label) and set(frame.columns) >= {"seed", "valid", "status"}
+        for label, runs in ours.rows.items():
+            assert lb.parts(runs[0]) == ("pooling encoder",) and lb.family(runs[0]) == "network" and [r.seed for r in runs] == [r.seed for r in found.rows["VAE"]][:len(runs)]
+            assert lb.parts(found.rows["VAE"][0]) == ("LinearWarmup",)
+    assert not study("pooling_yelp", "quick").rows
+
+
 def test_smoke(tmp_path):
     command = [sys.executable, "-m", "pcvae.cli", "reproduce", "leaderboard", "--scale", "smoke", "--device", "cpu", "--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = sorted(tmp_path.rglob("results/leaderboard/**/*.json"))
-    assert len(rows) == 12 and all(json.loads(p.read_text())["status"] == "done" for p in rows)
+    assert len(rows) == 14 and all(json.loads(p.read_text())["status"] == "done" for p in rows)
     made = {p.stem for p in tmp_path.rglob("figures/leaderboard/**/*.csv")}
-    assert {"simplex", "digits", "overall", "omniglot_cnn"} <= made and {p.stem for p in tmp_path.rglob("figures/**/*.png")} == {"simplex", "digits"}
+    assert {"simplex", "digits", "overall", "omniglot_cnn"} <= made and {p.stem for p in tmp_path.rglob("figures/**/*.png")} == {"simplex", "digits", "synthetic"}
