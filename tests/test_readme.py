@@ -19,6 +19,17 @@ def test_the_example_is_short_and_runs(tmp_path, monkeypatch):
     assert len(lines) == 3 and not any("NaN" in l for l in lines)
     assert len(list(tmp_path.rglob("results/**/*.json"))) == 3
 
+def test_the_example_with_own_data_and_network_runs():
+    code = re.search(r"<!-- example data -->\n```python\n(.*?)```", TEXT, re.S)[1]
+    assert len(code.splitlines()) <= 25
+    out, names = io.StringIO(), {"__name__": "readme"}
+    with contextlib.redirect_stdout(out): exec(compile(code, "README example", "exec"), names)
+    assert len(re.findall(r"^(?:VAE|warm-up|both) .*\d", out.getvalue(), re.M)) == 3 and "NaN" not in out.getvalue()
+    assert len({tuple(v.model.encoder.head.weight.flatten()[:5].tolist()) for v in names["trained"].values()}) == 3
+    assert "Collapsed" in out.getvalue(), "the text says that the plain VAE collapses"
+    mi = {name: names["evaluate"](view, names["data"])["mi"] for name, view in names["trained"].items()}
+    assert mi["VAE"] < 0.3 < mi["warm-up"] < mi["both"]
+
 BLOCKS = re.findall(r"<!-- table ([\w/]+) -->\n(.*?)<!-- end -->", TEXT, re.S)
 
 @pytest.mark.parametrize("name, block", BLOCKS, ids=[n for n, _ in BLOCKS])
