@@ -136,6 +136,7 @@ STATES = {
     "nothing": (as_vae(lambda x: (0 * x, 0 * x)), "collapsed", "tell 0.00 nats about the items; of 8 dimensions all passive; try FreeBits"),
     "moved": (as_vae(lambda x: (0 * x + 0.7, 0 * x)), "collapsed", "a KL of 1.96 nats is paid, nearly all for an offset"),
     "narrow": (as_vae(lambda x: (0 * x, 0 * x - 1.2)), "collapsed", "which ask for information"),
+    "faint": (linear((0.5, 0.4)), "nearly collapsed", "nats about the items, less than one bit; of 2 dimensions 1 active (0), 1 mixed (1)"),
     "partly": (oracle, "partly collapsed", "of 4 dimensions 2 active (0, 1), 1 mixed (2), 1 passive (3)"),
     "deaf": (as_vae(oracle.encode, deaf), "ignored", "the right code is worth only 0.00 nats to the decoder"),
     "loss": (as_vae(oracle.encode, lambda x, z: -oracle.log_prob(x, z)), "partly collapsed", "log_prob seems to return a loss"),
@@ -178,7 +179,9 @@ def info(value=3., upper=4., saturated=False): return MutualInformation(value, 4
 
 
 def test_where_the_states_divide():
-    assert made(info(0.099)).status == "collapsed" and made(info(0.101)).status == "healthy"
+    assert made(info(0.099)).status == "collapsed" and made(info(0.101)).status == "nearly collapsed"
+    assert made(info(0.693)).status == "nearly collapsed" and made(info(0.694)).status == "healthy" and made(info(0.2), classes=("passive", "mixed")).status == "nearly collapsed"
+    assert made(info(0.2), gap=(0.01, 0.001)).status == "ignored"
     assert made(info(), classes=("passive",) * 2).status == "collapsed" and made(info(), classes=("passive", "mixed")).status == "partly collapsed"
     assert made(info(), gap=(0.2, 0.04)).status == "ignored" and made(info(), gap=(0.2, 0.06)).status == "healthy"      # below a tenth of 3 nats, by two errors
     assert made(info(), gap=(-0.2, 0.04)).loss_like and not made(info(), gap=(-0.2, 0.06)).loss_like and not made(info(), gap=(-0.09, 0.001)).loss_like
