@@ -89,6 +89,28 @@ def test_long_form_wide_form_and_file_agree(tmp_path):
     assert all(list(f.frame["verdict"]) == ["impossible"] for f in found)
 
 
+@pytest.mark.parametrize("cell", ["9.2", "9.2 (0.1)", "9.2(0.1)", "9.2 ± 0.1", "9.2±0.1", "9.2 +- 0.1", "9.2 +/- 0.1", r"$9.2 \pm 0.1$", "**9.2**", "9.2 (0.1) ≥", "9.2†"])
+@pytest.mark.parametrize("mi, kl", [("MI", "KL"), ("mutual information (nats)", "kl [nats]"), ("mi", "Rate")])
+def test_cells_and_headings_as_papers_print_them(tmp_path, cell, mi, kl):
+    (tmp_path / "t.csv").write_text(f"Model,{mi},{kl}\nX,{cell},8.4\n", encoding="utf8")
+    found = audit(tmp_path / "t.csv")
+    assert "MI <= KL" in set(found.frame["check"]) and found.unread == ()
+    assert records(tmp_path / "t.csv")[0][0].stds == ({"mi": 0.1} if "0.1" in cell else {})
+
+
+def test_sign_of_an_elbo():
+    said = lambda *elbo: audit(pd.DataFrame({"model": list("ab"), "NLL": [89., 90.], "ELBO": elbo}))
+    assert list(said(-88., -91.).frame["check"]) == ["NLL <= -ELBO"] and said(-88., -91.).unread == ()
+    assert not said(88., 91.) and not said(-88., 91.) and said(88., 91.).unread == ("ELBO",)      # which of the two it is, nobody can tell
+    assert "columns not read: 'ELBO'" in said(88., 91.).summary()
+
+
+def test_columns_that_are_not_read_are_told():
+    many = table(MI=[3.], **{f"extra {i}": [i] for i in range(9)})
+    assert audit(many).summary().endswith("columns not read: 'extra 0', 'extra 1', 'extra 2', 'extra 3', 'extra 4', 'extra 5' and 3 more")
+    with pytest.raises(ValueError, match="columns 'KL' and 'rate' are both read as 'kl'"): audit(pd.DataFrame({"KL": [1.], "rate": [2.]}))
+
+
 def test_missing_values_are_not_zeros():
     assert not audit(table(NLL=[328.0, 325.0], KL=[None, 3.2], MI=[None, 0.0], AU=[None, 0.0]))
     assert [set(r.values) for r in from_frame(table(NLL=[1., 2.], KL=[None, 3.2]), "t")] == [{"nll"}, {"nll", "kl"}]
