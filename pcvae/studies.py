@@ -37,6 +37,7 @@ from . import critics, diversity, inference, neighbors, objectives, priors, scal
 from .batch import Held, InProcess, KilledTwice, Lease, LocalPool, is_held, process_pool, seconds_left  # noqa: F401 (process_pool: for those who run studies)
 from .checks import check_params, unknown
 from .data import load
+from .data.core import find_source
 from .data.text import exact_log_prob, yelp_short_labelled
 from .method import Method, make_method, randn_draw
 from .metrics.evaluate import evaluate
@@ -159,6 +160,8 @@ class Run:
         for key in ("data", "model"):
             value = getattr(self, key)
             put(key, {"name": value} if isinstance(value, str) else value)
+        loader = find_source(self.data["name"]).load
+        check_params(loader, {k: v for k, v in self.data.items() if k != "name"}, f"data set {self.data['name']!r}")
         if self.model["name"] not in MODELS: raise unknown("model", self.model["name"], MODELS)
         params = {k: v for k, v in self.model.items() if k != "name"}
         if params.get("vocab_size") == "data": params["vocab_size"] = 5         # known when the data are
