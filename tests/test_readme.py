@@ -30,6 +30,14 @@ def test_the_example_with_own_data_and_network_runs():
     mi = {name: names["evaluate"](view, names["data"])["mi"] for name, view in names["trained"].items()}
     assert mi["VAE"] < 0.3 < mi["warm-up"] < mi["both"]
 
+def test_own_text_as_it_says():
+    from pcvae.data.text import text_data
+    from pcvae.models.lstm import lstm
+    make = lambda n: [f"the {'cat dog bird'.split()[i % 3]} sees a {'tree house'.split()[i % 2]}" for i in range(n)]
+    data = eval(re.search(r"`(text_data\(.*?\}\))`", TEXT)[1], {"text_data": text_data, "lines": make(12), "more": make(5), "others": make(6)})
+    model = eval(re.search(r"`(lstm\(.*?\))` of", TEXT)[1], {"lstm": lstm, "data": data})
+    assert model.log_prob(data.test, model.encode(data.test).mean).shape == (6,)
+
 BLOCKS = re.findall(r"<!-- table ([\w/]+) -->\n(.*?)<!-- end -->", TEXT, re.S)
 
 @pytest.mark.parametrize("name, block", BLOCKS, ids=[n for n, _ in BLOCKS])
