@@ -98,16 +98,31 @@ def test_cells_and_headings_as_papers_print_them(tmp_path, cell, mi, kl):
     assert records(tmp_path / "t.csv")[0][0].stds == ({"mi": 0.1} if "0.1" in cell else {})
 
 
+@pytest.mark.parametrize("cell", ["", " ", "-", "–", "—", "NA", "n/a"])
+def test_signs_of_a_missing_cell(tmp_path, cell):
+    (tmp_path / "t.csv").write_text(f"model,MI,KL\na,9.2,{cell}\nb,9.2,8.4\n", encoding="utf8")
+    assert [sorted(r.values) for r in records(tmp_path / "t.csv")[0]] == [["mi"], ["kl", "mi"]]
+    (tmp_path / "t.csv").write_text("model,MI,KL\na,nan,1\n")
+    assert list(audit(tmp_path / "t.csv").frame["check"]) == ["mi"]         # a NaN was computed, and is no gap
+
+
+def test_only_some_cells_have_a_spread():
+    found, _ = records(table(NLL=["64.29 (0.00)", "65.1"], MI=["0.1", "0.2"]))
+    assert [r.stds for r in found] == [{"nll": 0.}, {}] and [r.values["nll"] for r in found] == [64.29, 65.1] and found[0].units == {"nll": 0.01, "mi": 0.1}
+
+
 def test_sign_of_an_elbo():
     said = lambda *elbo: audit(pd.DataFrame({"model": list("ab"), "NLL": [89., 90.], "ELBO": elbo}))
     assert list(said(-88., -91.).frame["check"]) == ["NLL <= -ELBO"] and said(-88., -91.).unread == ()
     assert not said(88., 91.) and not said(-88., 91.) and said(88., 91.).unread == ("ELBO",)      # which of the two it is, nobody can tell
+    assert list(said(-88., None).frame["check"]) == ["NLL <= -ELBO"] and not said(None, None)
     assert "columns not read: 'ELBO'" in said(88., 91.).summary()
 
 
 def test_columns_that_are_not_read_are_told():
     many = table(MI=[3.], **{f"extra {i}": [i] for i in range(9)})
     assert audit(many).summary().endswith("columns not read: 'extra 0', 'extra 1', 'extra 2', 'extra 3', 'extra 4', 'extra 5' and 3 more")
+    assert audit(table(MI=[3.], **{str(i): [i] for i in range(6)})).summary().endswith("'4', '5'") and audit(table(MI=[3.], **{str(i): [i] for i in range(7)})).summary().endswith("'5' and 1 more")
     with pytest.raises(ValueError, match="columns 'KL' and 'rate' are both read as 'kl'"): audit(pd.DataFrame({"KL": [1.], "rate": [2.]}))
 
 

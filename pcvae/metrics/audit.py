@@ -58,7 +58,7 @@ def _decimals(x) -> int:
 
 def _given(x) -> bool:
     "Is there a value in this cell?"
-    return not (x is None or x == "" or (isinstance(x, float) and math.isnan(x)))
+    return not (x is None or (isinstance(x, float) and math.isnan(x)) or (isinstance(x, str) and x.strip().lower() in ("", "-", "–", "—", "na", "n/a")))
 
 # %% ../../nbs/10_metrics/06_audit.ipynb #128e0234
 def _read(path: Path) -> pd.DataFrame:
