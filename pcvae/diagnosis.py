@@ -252,7 +252,7 @@ def status_of(d) -> str:
     if d.mi.value < EMPTY or len(d.passive) == d.dims: return "collapsed"
     gap = math.inf if d.likelihood is None or d.loss_like else d.likelihood["gap"] + 2 * d.likelihood["gap_se"]
     if gap < IGNORED * d.mi.value: return "ignored"
-    if d.mi.value < BIT: return "nearly collapsed"
+    if d.mi.value < BIT and not d.mi.saturated: return "nearly collapsed"
     return "partly collapsed" if d.passive else "healthy"
 
 HEADS = {   # status -> what is the case

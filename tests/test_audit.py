@@ -116,6 +116,7 @@ def test_sign_of_an_elbo():
     assert list(said(-88., -91.).frame["check"]) == ["NLL <= -ELBO"] and said(-88., -91.).unread == ()
     assert not said(88., 91.) and not said(-88., 91.) and said(88., 91.).unread == ("ELBO",)      # which of the two it is, nobody can tell
     assert list(said(-88., None).frame["check"]) == ["NLL <= -ELBO"] and not said(None, None)
+    assert audit(table(MI=[3.], psd=[1.])).unread == ("psd",)               # no standard deviation of p
     assert "columns not read: 'ELBO'" in said(88., 91.).summary()
 
 

@@ -181,7 +181,7 @@ def info(value=3., upper=4., saturated=False): return MutualInformation(value, 4
 def test_where_the_states_divide():
     assert made(info(0.099)).status == "collapsed" and made(info(0.101)).status == "nearly collapsed"
     assert made(info(0.693)).status == "nearly collapsed" and made(info(0.694)).status == "healthy" and made(info(0.2), classes=("passive", "mixed")).status == "nearly collapsed"
-    assert made(info(0.2), gap=(0.01, 0.001)).status == "ignored"
+    assert made(info(0.2), gap=(0.01, 0.001)).status == "ignored" and made(info(0.6, saturated=True)).status == "healthy"     # two items show no more
     assert made(info(), classes=("passive",) * 2).status == "collapsed" and made(info(), classes=("passive", "mixed")).status == "partly collapsed"
     assert made(info(), gap=(0.2, 0.04)).status == "ignored" and made(info(), gap=(0.2, 0.06)).status == "healthy"      # below a tenth of 3 nats, by two errors
     assert made(info(), gap=(-0.2, 0.04)).loss_like and not made(info(), gap=(-0.2, 0.06)).loss_like and not made(info(), gap=(-0.09, 0.001)).loss_like

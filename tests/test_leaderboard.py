@@ -172,7 +172,7 @@ def test_pooling_encoders_stand_beside_the_borrowed_text_rows(scale, tmp_path):
 
 
 def test_smoke(tmp_path):
-    command = [sys.executable, "-m", "pcvae.cli", "reproduce", "leaderboard", "--scale", "smoke", "--workers", "1", "--device", "cpu", "--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+    command = [sys.executable, "-m", "pcvae.cli", "reproduce", "leaderboard", "--scale", "smoke", "--device", "cpu", "--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = sorted(tmp_path.rglob("results/leaderboard/**/*.json"))

@@ -47,7 +47,7 @@ ALIASES = {"-elbo": "neg_elbo", "negelbo": "neg_elbo", "nelbo": "neg_elbo", "neg
 def canonical(name: str) -> str:
     "The name that checks use: 'MI (nats)' is `mi`, '-ELBO' is `neg_elbo`, 'NLL std' is `nll__std`."
     name = re.sub(r"[\s_]+", "_", str(name).strip().lower().replace("−", "-"))
-    if spread := re.fullmatch(r"(.+?)_?\(?(?:std|sd)\)?", name): return canonical(spread[1]) + "__std"
+    if spread := re.fullmatch(r"(.+?)(?:_\(?|\()(?:std|sd)\)?", name): return canonical(spread[1]) + "__std"
     name = re.sub(r"_?[(\[].*?[)\]]", "", name).strip("_")
     return ALIASES.get(name, name)
 
