@@ -17,7 +17,7 @@ install: $(VENV)/.ok ## make .venv with the package and everything its developme
 test: $(VENV)/.ok ## check that notebooks and modules agree, then run every notebook and pytest
 	$(BIN)/python tests/check_sync.py
 	$(SERIAL) $(BIN)/python tests/run_notebooks.py
-	$(SERIAL) $(BIN)/python -m pytest -q -n 2
+	$(SERIAL) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 reproduce: $(VENV)/.runtime ## rerun the papers at SCALE (smoke, quick, small or full; default quick)
 	$(BIN)/pcvae reproduce all --scale $(SCALE)

@@ -1,7 +1,5 @@
 "`pcvae bench` at tiny sizes: its equality checks, verdicts, exit status and JSON. Nothing here depends on a time."
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -168,9 +166,9 @@ def test_a_missing_package_skips_its_path_and_says_so(small, monkeypatch, capsys
 
 
 def test_text_tells_ratio_goal_and_load(small, capsys):
-    assert main(["--repeats", "1"]) == 0
+    assert main(["--only", "self_critic", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in PATHS) and "goal" in out and "quiet enough" in out
+    assert "self_critic" in out and "goal" in out and "quiet enough" in out
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -183,13 +181,6 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
 
 
 # --- memory, global state -----------------------------------------------------------------------------------------------
-def test_memory_is_that_of_the_work_alone():
-    code = "from pcvae.bench import extra_memory; import torch; print(extra_memory(lambda: torch.ones(16 * 2 ** 20)))"
-    ballast = torch.ones(50 * 2 ** 20)      # this process is larger than the new one will be
-    found = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert len(ballast) and 60 < found < 80
-
-
 def test_a_memory_reading_that_fails_says_why():
     with pytest.raises(RuntimeError, match="memory of mi.*unexpected keyword"): bench.memory_of("mi", "ours", dict(nn=3))
 

@@ -36,7 +36,7 @@ def test_generation_is_judged_by_another_run_and_nothing_is_trained_twice(tmp_pa
     assert row.epochs == 1
 
 def test_the_truth_is_the_generators_likelihood():
-    data = load(**DATA)
+    data = load("synthetic_text", n=100)
     class Uniform:
         prior = type("P", (), {"shape": (0,), "mean": torch.zeros(0)})()
         def log_prob(self, x, z): return torch.full((len(x),), -11 * torch.tensor(1004.).log())

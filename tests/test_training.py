@@ -30,8 +30,8 @@ def curve(dtype: str, seed: int = 0) -> torch.Tensor:
     return torch.tensor([w["neg_elbo"] for w in t.watched])
 
 def test_bfloat16_gives_the_same_curve_as_far_as_seeds_do():
-    exact, rough, others = curve("float32"), curve("bfloat16"), [curve("float32", s) for s in (1, 2)]
-    between_seeds = torch.stack([(exact - o).abs() for o in others]).mean(0)[2:]        # the first look is before any training
+    exact, rough, other = curve("float32"), curve("bfloat16"), curve("float32", 1)
+    between_seeds = (exact - other).abs()[2:]       # the first look is before any training
     difference = (exact - rough).abs()[2:]
     assert 0 < difference.mean() < between_seeds.mean()
     assert difference.max() < 0.02 * exact[2:].max()
