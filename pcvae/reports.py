@@ -438,7 +438,7 @@ def plot_tradeoff(
     at = np.clip(_spread((mean[y] - low) / (high - low), 0.17 / (ax.figure.get_figheight() - 0.7)), -0.1, 1.1)
     for (label, m), h in zip(mean.iterrows(), at):
         ax.annotate(label, (m[x], m[y]), (1.03, h), textcoords="axes fraction", fontsize=7, va="center", annotation_clip=False, color="0.15",
-                    arrowprops=dict(arrowstyle="-", lw=0.4, color=styles[label]["color"], shrinkA=0, shrinkB=3))
+                    arrowprops=dict(arrowstyle="-", lw=0.4, color=styles[label]["color"], shrinkA=0, shrinkB=3, relpos=(0, 0.5)))
     return ax.figure
 
 # %% ../nbs/13_reports.ipynb #debe282c
