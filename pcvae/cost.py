@@ -22,12 +22,12 @@ def measured(
     results: str | Path,            # folder of rows
     scales=("small", "full")        # the committed ones; the short scales are made anew by anybody in minutes
 ) -> pd.DataFrame:
-    "Costs of finished rows: paper, scale, data, model, method, seed, epochs, seconds, bytes, and the run itself."
+    "Costs of finished rows that trained alone (of a stack a row has only its share): paper, scale, data, model, method, seed, epochs, seconds, bytes, and the run itself."
     out = []
     for path in sorted(p for s in scales for p in Path(results).glob(f"*/{s}/*.json")):
         row = json.loads(path.read_text(encoding="utf8"))
         env, run = row["env"], row["run"]
-        if row["status"] != "done" or "cpu_seconds" not in env: continue
+        if row["status"] != "done" or "cpu_seconds" not in env or env.get("stacked", 1) > 1: continue
         out.append({"paper": path.parts[-3], "scale": path.parts[-2], "data": run["data"]["name"], "model": run["model"]["name"], "seed": run["seed"],
                     "method": " + ".join(m["name"] for m in run["methods"]) or "VAE", "epochs": len(row["history"]), "batch": run["recipe"]["batch"],
                     "cpu_seconds": env["cpu_seconds"], "evaluation_seconds": env["evaluation_seconds"], "bytes": path.stat().st_size, "run": run})
@@ -51,7 +51,7 @@ def with_prediction(rows: pd.DataFrame, kinds=("paper", "scale", "data", "model"
     "One row of each method of each kind with `predicted` CPU seconds by equation (1) and `reference`: the run that gave the rate. Kinds whose data are missing are left out."
     out = []
     for _, group in rows.groupby(list(kinds)):
-        group = group.sort_values("method", key=lambda m: m.str.len() * (m != "VAE")).drop_duplicates("method")
+        group = group.sort_values("method", key=lambda m: m.str.len() * (m != "VAE"), kind="stable").drop_duplicates("method")
         count = pd.DataFrame([counted(r) for r in group.run], index=group.index)
         if not len(count.columns): continue
         work = group.epochs * count.steps_per_epoch * count.flops
